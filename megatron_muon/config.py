@@ -1,0 +1,143 @@
+"""Settings of Distributed Muon: the only home of defaults. Command-line flags are made from `MuonConfig`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, get_args, get_type_hints
+
+import torch
+
+Preset = Literal["moonlight", "megatron", "deepseek-v4", "keller"]
+ScaleMode = Literal["rms", "spectral", "unit_rms_norm", "shape_scaling"]
+FloatDtype = Literal["bf16", "fp16", "fp32"]
+ExchangeDtype = Literal["bf16", "fp32"]
+TensorParallelMode = Literal["exact", "blockwise"]
+RouterOptimizer = Literal["muon", "adam"]
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
+    {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuonConfig:
+    """How Muon's matrices are updated. Learning rate and weight decay are the parameter groups', as for AdamW.
+
+    The defaults are Moonlight's (arXiv 2502.16982): with them AdamW's learning rate and weight decay carry over.
+
+    Raises:
+        ValueError: If a value is outside its range or not among its choices; the message names the field.
+    """
+
+    momentum: float = field(default=0.95, metadata={"help": "decay of the momentum buffer, m = momentum*m + gradient"})
+    nesterov: bool = field(default=True, metadata={"help": "orthogonalize gradient + momentum*m instead of m"})
+    coefficients: str = field(default="keller", metadata={"help": "Newton-Schulz coefficient set"})
+    ns_steps: int = field(default=5, metadata={"help": "Newton-Schulz iterations"})
+    ns_dtype: FloatDtype = field(default="bf16", metadata={"help": "dtype of the Newton-Schulz iterations"})
+    exchange_dtype: ExchangeDtype = field(
+        default="bf16", metadata={"help": "dtype of slices on the wire, to the owner and back"}
+    )
+    scale_mode: ScaleMode = field(
+        default="rms",
+        metadata={
+            "help": "factor on the orthogonalized matrix: rms: update_rms*sqrt(max(rows, cols)); "
+            "spectral: sqrt(max(rows, cols)); unit_rms_norm: sqrt(rows/cols); shape_scaling: sqrt(max(1, rows/cols))",
+        },
+    )
+    update_rms: float = field(
+        default=0.2, metadata={"help": "root mean square of an update that scale mode rms aims at; 0.2 is AdamW's"}
+    )
+    extra_scale_factor: float = field(default=1.0, metadata={"help": "another factor on every update"})
+    split_qkv: bool = field(
+        default=True, metadata={"help": "orthogonalize Q, K and V of a fused QKV weight separately"}
+    )
+    split_gated: bool = field(
+        default=True, metadata={"help": "orthogonalize gate and up of a fused gated-MLP weight separately"}
+    )
+    router: RouterOptimizer = field(default="muon", metadata={"help": "optimizer of MoE router weights"})
+    tp_mode: TensorParallelMode = field(
+        default="exact",
+        metadata={
+            "help": "exact: the whole matrix over tensor-parallel ranks; "
+            "blockwise: each rank's piece as a matrix of its own",
+        },
+    )
+    batched: bool = field(default=True, metadata={"help": "run Newton-Schulz on stacks of matrices of equal shape"})
+
+    def __post_init__(self) -> None:
+        for name, annotation in get_type_hints(type(self)).items():
+            self._check_type(name, annotation, getattr(self, name))
+        self._check(0.0 <= self.momentum < 1.0, "momentum", "in [0, 1)")
+        self._check(self.ns_steps >= 1, "ns_steps", "at least 1")
+        self._check(self.update_rms > 0, "update_rms", "positive")
+        self._check(self.extra_scale_factor > 0, "extra_scale_factor", "positive")
+        from megatron_muon.newton_schulz import coefficients  # the table knows which sets and steps make sense
+
+        coefficients(self.coefficients, self.ns_steps)
+
+    def _check(self, holds: bool, name: str, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"MuonConfig.{name}: got {getattr(self, name)!r}, expected {expected}")
+
+    @staticmethod
+    def _check_type(name: str, annotation: Any, value: Any) -> None:
+        choices = get_args(annotation)
+        if choices:
+            if value not in choices:
+                raise ValueError(f"MuonConfig.{name}: got {value!r}, expected one of {', '.join(map(repr, choices))}")
+        elif annotation is float:
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"MuonConfig.{name}: got {value!r}, expected a finite number")
+        elif not isinstance(value, annotation) or (annotation is int and isinstance(value, bool)):
+            raise ValueError(f"MuonConfig.{name}: got {value!r}, expected {annotation.__name__}")
+
+    @classmethod
+    def from_preset(cls, preset: str, **overrides: Any) -> MuonConfig:
+        """A preset's settings, with `overrides` on top.
+
+        Raises:
+            ValueError: If the preset or an override's name is unknown, or a value is bad.
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"preset: got {preset!r}, expected one of {', '.join(PRESETS)}")
+        known = {f.name for f in dataclasses.fields(cls)}
+        unknown = sorted(set(overrides) - known)
+        if unknown:
+            raise ValueError(f"MuonConfig has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        return cls(**{**PRESETS[preset], **overrides})
+
+
+# Sources: moonlight: arXiv 2502.16982 and MoonshotAI/Moonlight. megatron: megatron-core 0.19's own flag defaults.
+# deepseek-v4: its report (hybrid coefficients, update RMS 0.18). keller: KellerJordan/Muon.
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "moonlight": {},
+        "megatron": {
+            "momentum": 0.9,
+            "nesterov": False,
+            "coefficients": "you",
+            "scale_mode": "spectral",
+            "split_gated": False,
+        },
+        "deepseek-v4": {"coefficients": "deepseek_v4", "ns_steps": 10, "update_rms": 0.18},
+        "keller": {"scale_mode": "shape_scaling"},
+    }
+)
+
+
+def scale_factor(rows: int, cols: int, config: MuonConfig) -> float:
+    """The factor that turns an orthogonalized logical matrix of `rows` x `cols` into its update, before lr.
+
+    Source: `rms`: equation 4 of arXiv 2502.16982; the others: emerging-optimizers' modes of the same names.
+    """
+    base = {
+        "rms": config.update_rms * math.sqrt(max(rows, cols)),
+        "spectral": math.sqrt(max(rows, cols)),
+        "unit_rms_norm": math.sqrt(rows / cols),
+        "shape_scaling": math.sqrt(max(1.0, rows / cols)),
+    }[config.scale_mode]
+    return base * config.extra_scale_factor

@@ -1,0 +1,54 @@
+"""Stock Megatron-Core and `megatron.training` on a machine without CUDA, over Gloo.
+
+For development, continuous integration and demonstrations: `install()` replaces, in this process, the few functions
+of torch and Megatron that need CUDA. Importing this package changes nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .flags import REQUIRED_FLAGS, cpu_arguments
+from .redirect import Redirect, apply_redirects
+
+__all__ = ["REQUIRED_FLAGS", "all_redirects", "cpu_arguments", "install", "is_installed"]
+
+_installed = False
+
+
+def is_installed() -> bool:
+    """Whether `install()` has run in this process."""
+    return _installed
+
+
+def all_redirects() -> list[Redirect]:
+    """Everything that `install()` replaces, each with its reason. Imports megatron.core."""
+    from . import collectives, devices, modules, runtime
+
+    return [*devices.redirects(), *collectives.redirects(), *modules.redirects(), *runtime.redirects()]
+
+
+def install() -> None:
+    """Makes torch and Megatron in this process work without CUDA. A second call does nothing.
+
+    Call it before process groups and models are made, and once `sys.path` is final: it imports megatron.core, and
+    megatron.training where that is installed. It needs no process group, and processes forked later inherit it.
+
+    Raises:
+        RuntimeError: If CUDA works here, or if a function to be replaced is missing or has changed in the installed
+            Megatron-Core (its version is in the message). Nothing has been replaced then.
+    """
+    global _installed
+    if _installed:
+        return
+    if torch.cuda.is_available():
+        raise RuntimeError(
+            f"the CPU backend is for machines without CUDA, but torch {torch.__version__} finds "
+            f"{torch.cuda.device_count()} CUDA device(s). Run without it (no --device cpu), "
+            "or hide the devices: CUDA_VISIBLE_DEVICES= (empty)."
+        )
+    from . import runtime
+
+    apply_redirects(all_redirects())
+    runtime.quiet_rng_tracker()
+    _installed = True

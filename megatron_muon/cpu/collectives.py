@@ -1,0 +1,154 @@
+"""torch.distributed with Gloo, for code written against NCCL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _CoalescingManager, _world
+
+from .redirect import Redirect
+
+_Splits = Sequence[int] | torch.Tensor | None
+
+
+def _as_ints(splits: _Splits) -> list[int] | None:
+    if splits is None:
+        return None
+    if isinstance(splits, torch.Tensor):
+        return [int(size) for size in splits.tolist()]
+    return [int(size) for size in splits]
+
+
+def _all_to_all_single(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Split sizes may be tensors: the MoE dispatcher turns only those on a CUDA device into NumPy arrays."""
+
+    def all_to_all_single(
+        output: torch.Tensor,
+        input: torch.Tensor,
+        output_split_sizes: _Splits = None,
+        input_split_sizes: _Splits = None,
+        group: dist.ProcessGroup | None = None,
+        async_op: bool = False,
+    ) -> Any:
+        return original(output, input, _as_ints(output_split_sizes), _as_ints(input_split_sizes), group, async_op)
+
+    return all_to_all_single
+
+
+class _Works:
+    """Handle of several collectives, with the part of `Work` that callers use."""
+
+    def __init__(self, works: list[Any]) -> None:
+        self._works = works
+
+    def wait(self, timeout: Any = None) -> bool:
+        for work in self._works:
+            work.wait() if timeout is None else work.wait(timeout)
+        return True
+
+    def is_completed(self) -> bool:
+        return all(work.is_completed() for work in self._works)
+
+
+def _all_gather(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Gathers tensors of unequal sizes, which NCCL does and Gloo refuses, as one broadcast from each rank."""
+
+    def all_gather(
+        tensor_list: list[torch.Tensor],
+        tensor: torch.Tensor,
+        group: dist.ProcessGroup | None = None,
+        async_op: bool = False,
+    ) -> Any:
+        # Every rank passes the same sizes, so that all of them take the same branch.
+        if all(output.numel() == tensor_list[0].numel() for output in tensor_list):
+            return original(tensor_list, tensor, group, async_op)
+        rank = dist.get_rank(group)
+        if tensor_list[rank].shape != tensor.shape:
+            raise ValueError(
+                f"all_gather: tensor_list[{rank}] has shape {tuple(tensor_list[rank].shape)}, "
+                f"but this rank's tensor has {tuple(tensor.shape)}; give them the same shape"
+            )
+        tensor_list[rank].copy_(tensor)
+        works = _Works(
+            [
+                dist.broadcast(output, group=group, group_src=source, async_op=True)
+                for source, output in enumerate(tensor_list)
+                if output.numel()
+            ]
+        )
+        if async_op:
+            return works
+        works.wait()
+        return None
+
+    return all_gather
+
+
+def _coalescing_manager(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Coalesces per dtype, and forgets its operations when the block raises.
+
+    Gloo's coalesced all-gather flattens all tensors into the first one's dtype: with FP8 weights, which Megatron-Core
+    gathers together with bf16 ones, every buffer comes back corrupt and nothing is said. torch's own manager leaves
+    the operations of a failed block for the next one on the group, which then refuses to start.
+    """
+
+    @contextmanager
+    def coalescing_manager(
+        group: dist.ProcessGroup | None = None,
+        device: torch.device | None = None,
+        async_ops: bool = False,
+    ) -> Iterator[_CoalescingManager]:
+        if device is not None:
+            raise NotImplementedError(f"coalescing on a device (got {device}) is NCCL's; Gloo has none: omit `device`")
+        group = group if group is not None else dist.group.WORLD
+        assert group is not None, "torch.distributed is not initialized"
+        if group in _world.pg_coalesce_state:
+            raise RuntimeError("a coalescing block on this group is open already; close it first")
+        operations: list[Any] = []
+        _world.pg_coalesce_state[group] = operations
+        handle = _CoalescingManager()
+        try:
+            yield handle
+        finally:
+            # Also when the block raised: its operations were not issued, and must not be by the next block.
+            del _world.pg_coalesce_state[group]
+        by_kind: dict[tuple[Any, ...], list[Any]] = {}
+        for operation in operations:
+            by_kind.setdefault((operation.op, operation.redop, operation.tensor.dtype), []).append(operation)
+        for batch in by_kind.values():
+            with original(group, async_ops=async_ops) as batch_handle:
+                _world.pg_coalesce_state[group].extend(batch)
+            handle.works.extend(batch_handle.works)
+
+    return coalescing_manager
+
+
+_MANAGER_WHY = "a coalesced all-gather over mixed dtypes corrupts its buffers"
+_MANAGER_PARAMETERS = ("group", "device", "async_ops")
+
+
+def redirects() -> list[Redirect]:
+    """The table of torch.distributed functions, and the modules that hold them under a name of their own."""
+    split_parameters = ("output", "input", "output_split_sizes", "input_split_sizes", "group", "async_op")
+    return [
+        Redirect(
+            "torch.distributed:all_to_all_single",
+            _all_to_all_single,
+            "the MoE dispatcher passes split sizes as tensors",
+            split_parameters,
+        ),
+        Redirect(
+            "torch.distributed:all_gather",
+            _all_gather,
+            "Gloo refuses unequal sizes",
+            ("tensor_list", "tensor", "group", "async_op"),
+        ),
+        *(
+            Redirect(f"{module}:_coalescing_manager", _coalescing_manager, _MANAGER_WHY, _MANAGER_PARAMETERS)
+            for module in ("torch.distributed", "megatron.core.distributed.param_and_grad_buffer")
+        ),
+    ]

@@ -1,0 +1,189 @@
+"""Muon inside Megatron-Core's DistributedOptimizer, and the chain that steps it beside AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer, Range
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from torch import nn
+
+from megatron_muon.matrices import MatrixSpec
+from megatron_muon.optimizer import MOMENTUM, ShardedMuon
+from megatron_muon.plan import ShardedMatrix, Slice, build_plan
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The ranks that share Muon matrices: data-parallel times tensor-parallel, within an optimizer instance.
+
+    Attributes:
+        group: The process group over all of them.
+        dp_ranks: For each rank of `group`, its data-parallel rank.
+        tp_ranks: For each rank of `group`, its tensor-parallel rank.
+    """
+
+    group: dist.ProcessGroup
+    dp_ranks: tuple[int, ...]
+    tp_ranks: tuple[int, ...]
+
+    @cached_property
+    def rank_at(self) -> dict[tuple[int, int], int]:
+        """(data-parallel rank, tensor-parallel rank) -> rank of `group`."""
+        return {at: rank for rank, at in enumerate(zip(self.dp_ranks, self.tp_ranks, strict=True))}
+
+
+class MuonDistributedOptimizer(DistributedOptimizer):
+    """DistributedOptimizer whose inner optimizer is `ShardedMuon` and whose only state is `momentum_buffer`.
+
+    Gradients, fp32 main slices, parameter buffers and their all-gather are Megatron's, unchanged. This class tells
+    ShardedMuon which flat range of which matrix each slice is.
+
+    Args:
+        optimizer: A ShardedMuon over the model parameters; Megatron replaces them by their slices.
+        *args: As for DistributedOptimizer.
+        specs: Model parameter -> spec, for all of Muon's parameters in the buffers, in plan order.
+        grid: The ranks that share them.
+        initial_flops: Newton-Schulz FLOPs that each rank of the grid has to do for other matrices already.
+        **kwargs: As for DistributedOptimizer.
+    """
+
+    optimizer: ShardedMuon
+
+    def __init__(
+        self,
+        optimizer: ShardedMuon,
+        *args: Any,
+        specs: dict[nn.Parameter, MatrixSpec],
+        grid: Grid,
+        initial_flops: Sequence[float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(optimizer, *args, **kwargs)
+        self.grid = grid
+        ranges = self._ranges_by_dp_rank()
+        matrices = []
+        for parameter, spec in specs.items():
+            slices = tuple(
+                Slice(grid.rank_at[dp_rank, tp_rank], start, stop)
+                for dp_rank, (start, stop) in ranges[parameter].items()
+                for tp_rank in range(spec.tp_size)
+            )
+            matrices.append(ShardedMatrix(spec, slices))
+        plan = build_plan(matrices, grid.tp_ranks, ns_steps=optimizer.muon.ns_steps, initial_flops=initial_flops)
+        main_slices = self._main_slices()
+        index_of = {parameter: index for index, parameter in enumerate(specs)}
+        optimizer.bind(
+            plan,
+            grid.group,
+            {index_of[parameter]: main for parameter, main in main_slices.items()},
+            torch.device(torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"),
+        )
+
+    def _ranges_by_dp_rank(self) -> dict[nn.Parameter, dict[int, tuple[int, int]]]:
+        """For each parameter, the flat range of it that each data-parallel rank stores, if not empty."""
+        out: dict[nn.Parameter, dict[int, tuple[int, int]]] = {}
+        for buffer in self.buffers:
+            size = buffer.data_parallel_group.size()
+            for bucket in buffer.buckets:
+                shard = bucket.grad_data.numel() // size
+                for dp_rank in range(size):
+                    begin = bucket.offset + dp_rank * shard
+                    stored = self._build_model_gbuf_param_range_map(
+                        {p: buffer.param_index_map[p] for p in bucket.params_list},
+                        Range(begin, begin + shard),
+                        bucket.offset,
+                    )
+                    for parameter, entry in stored.items():
+                        out.setdefault(parameter, {})[dp_rank] = (entry["param"].start, entry["param"].end)
+        return out
+
+    def _main_slices(self) -> dict[nn.Parameter, torch.Tensor]:
+        """Model parameter -> the fp32 slice of it that the inner optimizer updates on this rank."""
+        pairs = [
+            *zip(self.model_float16_groups, self.shard_fp32_from_float16_groups, strict=True),
+            *zip(self.model_fp32_groups, self.shard_fp32_groups, strict=True),
+        ]
+        return {p: main for models, mains in pairs for p, main in zip(models, mains, strict=True)}
+
+    @property
+    def optimizer_state_keys(self) -> tuple[str, ...]:
+        """Tensors that a checkpoint holds for each parameter besides the parameter itself."""
+        return (MOMENTUM,)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but parameters and momentum: the groups and the gradient scaler.
+
+        Megatron's own reads a `step` from every parameter's state; Muon has none.
+        """
+        inner = self.optimizer.state_dict()
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in inner["param_groups"]]
+        out: dict[str, Any] = {"optimizer": {"param_groups": groups}}
+        if self.grad_scaler:
+            out["grad_scaler"] = self.grad_scaler.state_dict()
+        return out
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` or `sharded_state_dict` returned.
+
+        Megatron's own puts a `step` into every group and state where neither TE nor apex is installed; it is lent
+        one here and taken back, so that it does not end up in the next checkpoint.
+        """
+        groups = [{"step": 0, **group} for group in state_dict["optimizer"]["param_groups"]]
+        self.optimizer.init_state()
+        super().load_state_dict({**state_dict, "optimizer": {"param_groups": groups}})
+        for state in self.optimizer.state.values():
+            state.pop("step", None)
+        for group in self.optimizer.param_groups:
+            group.pop("step", None)
+
+    def _init_optimizer_states_with_dummy_values(self) -> None:
+        """Megatron's own runs a step, which would exchange; zeros are enough."""
+        self.optimizer.init_state()
+
+
+class MuonChainedOptimizer(ChainedOptimizer):
+    """Steps Muon's and AdamW's optimizers one after the other, then gathers all parameters once.
+
+    A bucket group can hold buckets of both kinds (it does in virtual pipelines), so a gather that ran as soon as one
+    optimizer has stepped would distribute parameters that the other one has not updated yet.
+    """
+
+    def __init__(self, chained_optimizers: list[DistributedOptimizer]) -> None:
+        super().__init__(chained_optimizers)
+        for optimizer in chained_optimizers:
+            optimizer._defer_param_sync = True
+
+    @torch.no_grad()
+    def prepare_grads(self) -> bool:
+        """Copies and unscales gradients; returns whether any optimizer of the chain found inf or NaN.
+
+        The chain shares one gradient scaler, which hears of the whole chain's outcome once. With one scaler each, an
+        overflow in one optimizer's gradients would leave their loss scales different.
+        """
+        for optimizer in self.chained_optimizers:
+            if not optimizer.is_stub_optimizer:
+                optimizer._copy_model_grads_to_main_grads()
+        scaler = self.chained_optimizers[0].grad_scaler
+        if scaler is None:
+            return False
+        found = False
+        for optimizer in self.chained_optimizers:
+            # On the left, so that it always runs: it is a collective.
+            found = optimizer._unscale_main_grads_and_check_for_nan() or found
+        scaler.update(found)
+        return found
+
+    @torch.no_grad()
+    def step_with_ready_grads(self) -> bool:
+        """Steps all optimizers, then starts the parameter gather unless it overlaps with the next forward pass."""
+        success = bool(self._step())
+        for model_chunk in self.model_chunks:
+            if not model_chunk.ddp_config.overlap_param_gather:
+                model_chunk.start_param_sync()
+        return success

@@ -1,0 +1,231 @@
+"""ShardedMuon: a torch optimizer whose parameters are flat slices of matrices that other ranks hold the rest of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import record_function
+
+from megatron_muon.config import TORCH_DTYPES, MuonConfig
+from megatron_muon.exchange import Exchange, _Pending
+from megatron_muon.muon import apply_updates, momentum_update, orthogonalized_updates
+from megatron_muon.pipeline import run_rounds
+from megatron_muon.plan import OwnershipPlan
+
+MOMENTUM = "momentum_buffer"
+
+
+class ShardedMuon(torch.optim.Optimizer):
+    """Muon on flat slices of matrices that are spread over the ranks of a group.
+
+    One step, on every rank of the group:
+      1. momentum, element-wise on this rank's slices;
+      2. gather: one all-to-all a round takes the slices to the owner of each matrix;
+      3. the owner puts its matrices together, runs Newton-Schulz once on each, and scales;
+      4. scatter: one all-to-all a round takes the updates back to the slices;
+      5. weight decay and update, element-wise on this rank's slices.
+    Rounds overlap: see `pipeline`.
+
+    The optimizer is made in two steps, because a ZeRO wrapper replaces the parameters by slices after construction:
+    first with the parameters and groups, then `bind` tells it what its slices are.
+
+    Args:
+        params: Parameters or groups. `lr` and `weight_decay` are read from the groups at every step.
+        lr: Learning rate of groups without one.
+        weight_decay: Decoupled weight decay of groups without one.
+        config: Everything else.
+
+    State: `momentum_buffer` for each slice, fp32, of the slice's shape. Nothing else persists between steps.
+
+    Raises:
+        ValueError: If `lr` or `weight_decay` is negative.
+        TypeError: If a parameter is complex or no floating-point tensor.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], *, lr: float, weight_decay: float = 0.0, config: MuonConfig | None = None
+    ) -> None:
+        self.muon = config or MuonConfig()
+        self._binding: _Binding | None = None
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
+        for group in self.param_groups:
+            for name in ("lr", "weight_decay"):
+                if not group[name] >= 0.0:
+                    raise ValueError(f"ShardedMuon: {name}: got {group[name]}, expected a number that is not negative")
+            for p in group["params"]:
+                if not p.is_floating_point():
+                    raise TypeError(
+                        f"ShardedMuon: got a parameter of {p.dtype} and shape {tuple(p.shape)}, expected a real "
+                        "floating-point matrix; leave it to AdamW (param.use_muon = False)"
+                    )
+
+    def bind(
+        self, plan: OwnershipPlan, group: dist.ProcessGroup | None, slices: Mapping[int, Tensor], device: torch.device
+    ) -> None:
+        """Tells the optimizer what its parameters are: which slice of which matrix in the plan.
+
+        Collective: every rank of `group` calls this; fingerprints of the plans are compared.
+
+        Args:
+            plan: The same on every rank.
+            group: The ranks that the plan is about.
+            slices: Parameter index in the plan -> the parameter of this optimizer that holds this rank's slice.
+            device: Of the exchange buffers; also a rank that stores nothing takes part in the exchange.
+
+        Raises:
+            RuntimeError: On every rank, if the ranks' plans differ or a rank's slices do not fit the plan.
+        """
+        rank = dist.get_rank(group) if dist.is_initialized() else 0
+        problem = _slices_problem(plan, rank, slices, [p for g in self.param_groups for p in g["params"]])
+        _compare_over_ranks(plan.fingerprint, problem, group)
+        exchange = Exchange(plan, group, TORCH_DTYPES[self.muon.exchange_dtype], device)
+        self._binding = _Binding(exchange, dict(slices))
+
+    @property
+    def exchange(self) -> Exchange:
+        """The bound exchange, with the plan and this rank's counters.
+
+        Raises:
+            RuntimeError: Before `bind`.
+        """
+        return self._bound().exchange
+
+    def _bound(self) -> _Binding:
+        if self._binding is None:
+            raise RuntimeError("ShardedMuon.bind was not called: the optimizer does not know its matrices yet")
+        return self._binding
+
+    def init_state(self) -> None:
+        """Creates missing momentum buffers, zero. Called by `step` and before a checkpoint is loaded."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if MOMENTUM not in self.state[p]:
+                    self.state[p][MOMENTUM] = torch.zeros_like(p, dtype=torch.float32)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One update of all slices. Collective over the bound group, also for a rank without slices.
+
+        A slice without a gradient counts as one with a zero gradient, since other slices of its matrix may have one.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        bound = self._bound()
+        self.init_state()
+        run_rounds(_Step(self, bound))
+        return loss
+
+
+@dataclass(frozen=True)
+class _Binding:
+    exchange: Exchange
+    slices: dict[int, Tensor]
+
+
+@dataclass
+class _Step:
+    """The rounds of one step."""
+
+    optimizer: ShardedMuon
+    bound: _Binding
+    group_of: dict[int, dict[str, Any]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        by_parameter = {p: group for group in self.optimizer.param_groups for p in group["params"]}
+        self.group_of = {index: by_parameter[p] for index, p in self.bound.slices.items()}
+
+    @property
+    def num_rounds(self) -> int:
+        return self.bound.exchange.num_rounds
+
+    def _in_round(self, round_index: int) -> dict[int, Tensor]:
+        """This rank's slices of the round, by parameter index."""
+        members = self.bound.exchange.plan.rounds[round_index]
+        return {index: self.bound.slices[index] for index in members if index in self.bound.slices}
+
+    def prepare(self, round_index: int) -> _Pending:
+        muon, state = self.optimizer.muon, self.optimizer.state
+        slices = self._in_round(round_index)
+        with record_function(f"muon/momentum/{round_index}"):
+            directions = momentum_update(
+                [state[p][MOMENTUM] for p in slices.values()],
+                [_gradient(p) for p in slices.values()],
+                momentum=muon.momentum,
+                nesterov=muon.nesterov,
+            )
+        return self.bound.exchange.start_gather(round_index, dict(zip(slices, directions, strict=True)))
+
+    def compute(self, round_index: int, gathered: _Pending) -> _Pending:
+        exchange, muon = self.bound.exchange, self.optimizer.muon
+        parts = exchange.finish_gather(gathered, torch.float32)
+        with record_function(f"muon/newton_schulz/{round_index}"):
+            orthogonalized_updates(
+                [
+                    view
+                    for item, collected in parts.items()
+                    for view in exchange.plan.matrices[item.matrix].spec.logical_views(item.part, collected)
+                ],
+                muon,
+            )
+        return exchange.start_scatter(round_index, parts)
+
+    def finalize(self, round_index: int, scattered: _Pending) -> None:
+        slices = self._in_round(round_index)
+        updates = {index: torch.empty_like(p) for index, p in slices.items()}
+        self.bound.exchange.finish_scatter(scattered, updates)
+        with record_function(f"muon/apply/{round_index}"):
+            by_group: dict[int, list[int]] = {}
+            for index in slices:
+                by_group.setdefault(id(self.group_of[index]), []).append(index)
+            for members in by_group.values():
+                group = self.group_of[members[0]]
+                apply_updates(
+                    [slices[i] for i in members],
+                    [updates[i] for i in members],
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                )
+
+
+def _gradient(p: Tensor) -> Tensor:
+    return p.grad if p.grad is not None else torch.zeros_like(p)
+
+
+def _slices_problem(
+    plan: OwnershipPlan, rank: int, slices: Mapping[int, Tensor], parameters: list[Tensor]
+) -> str | None:
+    """Says what does not fit between the plan and what this rank stores; None if all does."""
+    expected = {index: s.stop - s.start for index, m in enumerate(plan.matrices) for s in m.slices if s.rank == rank}
+    got = {index: p.numel() for index, p in slices.items()}
+    for index in sorted(expected.keys() | got.keys()):
+        if expected.get(index) != got.get(index):
+            name = plan.matrices[index].spec.name if index < len(plan.matrices) else f"parameter {index}"
+            return f"{name}: stores {got.get(index)} elements, but the plan says {expected.get(index)}"
+    if {id(p) for p in slices.values()} != {id(p) for p in parameters}:
+        return f"{len(parameters)} parameters are in the groups, but {len(slices)} slices are in the plan"
+    return None
+
+
+def _compare_over_ranks(fingerprint: str, problem: str | None, group: dist.ProcessGroup | None) -> None:
+    """Raises on every rank of the group if any rank has a problem or another plan."""
+    gathered: list[Any] = [(fingerprint, problem)]
+    if dist.is_initialized() and dist.get_world_size(group) > 1:
+        gathered = [None] * dist.get_world_size(group)
+        dist.all_gather_object(gathered, (fingerprint, problem), group=group)
+    problems = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(gathered) if text]
+    if problems:
+        raise RuntimeError("slices do not fit the ownership plan: " + "; ".join(problems))
+    prints = [entry[0] for entry in gathered]
+    if len(set(prints)) > 1:
+        listed = ", ".join(f"rank {rank}: {entry[:12]}" for rank, entry in enumerate(prints))
+        raise RuntimeError(
+            f"the ranks of a group made different ownership plans ({listed}). They must build the same model with the "
+            "same layout flags: compare the ranks' arguments, package versions and parameter names"
+        )

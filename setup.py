@@ -1,0 +1,23 @@
+"""Installs megatron_muon: Distributed Muon for NVIDIA Megatron-Core."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megatron-muon",
+    version="0.1.0",
+    description="Distributed Muon inside Megatron-Core's DistributedOptimizer",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["megatron_muon", "megatron_muon.*"]),
+    package_data={"megatron_muon": ["py.typed"]},
+    python_requires=">=3.12",
+    install_requires=["torch>=2.8", "megatron-core>=0.19.2,<0.20", "rich>=13"],
+    extras_require={
+        # What `make demo` needs beyond the plugin: plots and TensorBoard's event files.
+        "demo": ["matplotlib>=3.8", "tensorboard>=2.16"],
+        "te": ["transformer-engine[core_cu13,pytorch]>=2.20,<3"],
+        "kernels": ["emerging-optimizers>=0.3,<0.4"],
+        "test": ["einops>=0.8", "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "ruff>=0.17", "mypy>=1.15"],
+    },
+)

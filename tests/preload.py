@@ -1,0 +1,16 @@
+"""Imported once by the fork server: what every test rank would otherwise spend seconds to import."""
+
+import warnings
+
+warnings.simplefilter("ignore")
+
+import torch  # noqa: E402
+
+from megatron_muon import cpu  # noqa: E402
+
+torch.set_num_threads(1)
+# Imports megatron.core and megatron.training; ranks start with the backend active.
+cpu.install()
+
+import megatron.core.models.gpt.gpt_layer_specs  # noqa: E402, F401
+import megatron.core.optimizer  # noqa: E402, F401
