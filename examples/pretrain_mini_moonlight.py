@@ -57,7 +57,8 @@ class Repeated(torch.utils.data.Dataset[Batch]):
         return self._num_samples
 
     def __getitem__(self, index: int) -> Batch:
-        return self._dataset[index % self._period]
+        sample: Batch = self._dataset[index % self._period]
+        return sample
 
 
 def datasets_provider(num_samples: Sequence[int], vp_stage: int | None = None) -> tuple[Any, Any, None]:
@@ -118,9 +119,7 @@ def forward_step(data_iterator: Iterator[Batch], model: torch.nn.Module) -> tupl
     if writer is not None:
         writer.flush()  # whoever follows the event file sees an iteration once the next one starts
     batch = {name: tensor.cuda(non_blocking=True) for name, tensor in next(data_iterator).items()}
-    losses = model(
-        batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"]
-    )
+    losses = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"])
     return losses, partial(loss_func, batch["loss_mask"])
 
 
@@ -129,7 +128,10 @@ class OptimizerWatch:
 
     def __init__(self) -> None:
         self._optimizers: dict[int, torch.optim.Optimizer] = {}
-        register_optimizer_step_post_hook(lambda optimizer, *_: self._optimizers.setdefault(id(optimizer), optimizer))
+        register_optimizer_step_post_hook(self._after_step)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._optimizers[id(optimizer)] = optimizer
 
     def state_bytes(self) -> dict[str, int]:
         """Bytes of the tensors that optimizers keep from step to step, by the optimizers' class names."""

@@ -86,6 +86,9 @@ def make_config(model: str, layout: Layout, dtype: torch.dtype) -> Any:
         expert_tensor_parallel_size=layout.expert_tp,
         context_parallel_size=layout.cp,
         sequence_parallel=layout.sequence_parallel,
+        # Between two virtual stages both neighbours are the same rank, which a batch of sends cannot tell apart.
+        overlap_p2p_comm=layout.vpp is not None,
+        batch_p2p_comm=layout.vpp is None,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         fp16=dtype is torch.float16,
@@ -278,7 +281,7 @@ def optimizer_config(layout: Layout, dtype: torch.dtype, **settings: Any) -> Any
 
 
 def train_step(chunks: list[Any], optimizer: Any, step: int) -> float:
-    """Forward, backward and update on a global batch that depends on `step` alone.
+    """Forward, backward and update on a global batch that depends on the parity of `step` alone.
 
     Returns:
         The mean loss over the global batch before the update, on every rank.
@@ -287,7 +290,8 @@ def train_step(chunks: list[Any], optimizer: Any, step: int) -> float:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     dp, dp_rank = ps.get_data_parallel_world_size(), ps.get_data_parallel_rank()
-    generator = torch.Generator().manual_seed(1000 + step)
+    # Two batches in turn, so that a few steps can learn something.
+    generator = torch.Generator().manual_seed(1000 + step % 2)
     data = torch.randint(0, VOCABULARY, (GLOBAL_BATCH, 1, SEQUENCE + 1), generator=generator)
     mine = data[dp_rank::dp]
     for chunk in chunks:

@@ -127,6 +127,44 @@ def _coalescing_manager(original: Callable[..., Any]) -> Callable[..., Any]:
     return coalescing_manager
 
 
+def _batched_p2p_ops(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Refuses a batch in which one rank is both neighbours, where sends cannot be told apart.
+
+    Sends between two ranks are matched by their order, and `send to previous` on one side is `receive from next` on
+    the other: activations would be taken for gradients. Megatron's command line refuses this layout; its API does not.
+    """
+
+    def batched_p2p_ops(
+        *,
+        tensor_send_prev: torch.Tensor | None,
+        tensor_recv_prev: torch.Tensor | None,
+        tensor_send_next: torch.Tensor | None,
+        tensor_recv_next: torch.Tensor | None,
+        group: dist.ProcessGroup,
+        prev_pipeline_rank: int,
+        next_pipeline_rank: int,
+    ) -> Any:
+        with_previous = tensor_send_prev is not None or tensor_recv_prev is not None
+        with_next = tensor_send_next is not None or tensor_recv_next is not None
+        if with_previous and with_next and prev_pipeline_rank == next_pipeline_rank:
+            raise ValueError(
+                "overlap_p2p_comm: got False with a virtual pipeline over 2 stages, expected True: in one batch, both "
+                "neighbours are the same rank. Set overlap_p2p_comm=True and batch_p2p_comm=False, "
+                "or use more stages"
+            )
+        return original(
+            tensor_send_prev=tensor_send_prev,
+            tensor_recv_prev=tensor_recv_prev,
+            tensor_send_next=tensor_send_next,
+            tensor_recv_next=tensor_recv_next,
+            group=group,
+            prev_pipeline_rank=prev_pipeline_rank,
+            next_pipeline_rank=next_pipeline_rank,
+        )
+
+    return batched_p2p_ops
+
+
 _MANAGER_WHY = "a coalesced all-gather over mixed dtypes corrupts its buffers"
 _MANAGER_PARAMETERS = ("group", "device", "async_ops")
 
@@ -150,5 +188,19 @@ def redirects() -> list[Redirect]:
         *(
             Redirect(f"{module}:_coalescing_manager", _coalescing_manager, _MANAGER_WHY, _MANAGER_PARAMETERS)
             for module in ("torch.distributed", "megatron.core.distributed.param_and_grad_buffer")
+        ),
+        Redirect(
+            "megatron.core.pipeline_parallel.p2p_communication:_batched_p2p_ops",
+            _batched_p2p_ops,
+            "a virtual pipeline over 2 stages would train on mixed-up tensors",
+            (
+                "tensor_send_prev",
+                "tensor_recv_prev",
+                "tensor_send_next",
+                "tensor_recv_next",
+                "group",
+                "prev_pipeline_rank",
+                "next_pipeline_rank",
+            ),
         ),
     ]

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -182,17 +181,20 @@ def _set_stream(stream: Stream) -> None:
     _current_stream = stream
 
 
-@contextmanager
-def _stream_context(stream: Stream | None) -> Iterator[None]:
-    if stream is None:
-        yield
-        return
-    previous = _current_stream
-    _set_stream(stream)
-    try:
-        yield
-    finally:
-        _set_stream(previous)
+class StreamContext:
+    """`torch.cuda.stream(...)`: makes a stream the current one; None leaves it. May be entered again and again."""
+
+    def __init__(self, stream: Stream | None) -> None:
+        self.stream = stream
+        self._previous: list[Stream] = []
+
+    def __enter__(self) -> None:
+        self._previous.append(_current_stream)
+        if self.stream is not None:
+            _set_stream(self.stream)
+
+    def __exit__(self, *exception: object) -> None:
+        _set_stream(self._previous.pop())
 
 
 def _device_count() -> int:
@@ -255,7 +257,7 @@ def redirects() -> list[Redirect]:
         Redirect("torch.cuda:current_stream", _use(_get_current_stream), "raises without a driver"),
         Redirect("torch.cuda:default_stream", _use(_get_default_stream), "raises without a driver"),
         Redirect("torch.cuda:set_stream", _use(_set_stream), "raises without a driver"),
-        Redirect("torch.cuda:stream", _use(_stream_context), "takes only CUDA streams"),
+        Redirect("torch.cuda:stream", _use(StreamContext), "takes only CUDA streams"),
         Redirect("torch.cuda:Stream", _use(Stream), "raises without a driver"),
         Redirect("torch.cuda:Event", _use(Event), "record() raises without a driver"),
         Redirect("torch.cuda:synchronize", _use(lambda device=None: None), "raises without a driver"),

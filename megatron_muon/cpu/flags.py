@@ -14,6 +14,7 @@ REQUIRED_FLAGS: tuple[tuple[str, str | None], ...] = (
     ("--no-bias-swiglu-fusion", None),
     ("--no-bias-gelu-fusion", None),
     ("--no-bias-dropout-fusion", None),
+    ("--no-rope-fusion", None),
     # Worker processes would share two cores with the ranks.
     ("--num-workers", "0"),
 )

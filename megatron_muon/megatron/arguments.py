@@ -100,7 +100,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> ParserChanges:
     for dest in ("muon_fp32_matmul_prec", "muon_scalar_optimizer"):
         if dest in actions:
             changes.adopt(actions[dest])
+    _repair_help(parser)
     return changes
+
+
+def _repair_help(parser: argparse.ArgumentParser) -> None:
+    """Escapes the percent signs of help texts that argparse cannot print: Megatron 0.19.2's --help fails on one."""
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        try:
+            formatter._expand_help(action) if action.help else None
+        except (KeyError, TypeError, ValueError):
+            action.help = str(action.help).replace("%", "%%")
 
 
 def _flags() -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -195,12 +206,15 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
         )
     given = {s.name: v for s in fields(MuonConfig) if (v := getattr(args, f"muon_{s.name}", None)) is not None}
     for setting, dest in _MEGATRON_SPELLINGS.items():
-        value = getattr(args, dest, None)
-        if value is not None and given.setdefault(setting, value) != value:
+        both = [value for value in (given.get(setting), getattr(args, dest, None)) if value is not None]
+        both = [ALIASES.get(value, value) for value in both]
+        if len(set(both)) > 1:
             raise ValueError(
-                f"{_option(f'muon_{setting}')}: got {given[setting]!r}, expected {value!r}, which its other spelling "
+                f"{_option(f'muon_{setting}')}: got {both[0]!r}, expected {both[1]!r}, which its other spelling "
                 f"{_option(dest)} says; give only one of the two"
             )
+        if both:
+            given[setting] = both[0]
     precision = getattr(args, "muon_fp32_matmul_prec", None)
     if precision is not None:
         dtypes = _MATMUL_DTYPES[precision]
@@ -211,8 +225,6 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
             )
     if "tp_mode" in given:
         given["tp_mode"] = _TP_MODES.get(given["tp_mode"], given["tp_mode"])
-    if "coefficients" in given:
-        given["coefficients"] = ALIASES.get(given["coefficients"], given["coefficients"])
     return given
 
 

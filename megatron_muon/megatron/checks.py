@@ -32,7 +32,6 @@ class _Refusal:
 
     setting: str
     why: str
-    remedy: str = ""
     expected: Any = False
     flag: str = ""
     error: type[Exception] = NotImplementedError
@@ -42,9 +41,12 @@ class _Refusal:
         got = getattr(owner, self.setting, self.expected)
         if got == self.expected:
             return
-        flag = self.flag or f"--{self.setting.replace('_', '-')}"
-        name = f"{where}.{self.setting}" if where else flag
-        remedy = self.remedy or (f"set it to {self.expected!r}" if where else f"omit {flag}")
+        if where:
+            name, remedy = f"{where}.{self.setting}", f"set it to {self.expected!r}"
+        elif self.flag:
+            name, remedy = f"{self.setting} ({self.flag})", f"omit {self.flag}"
+        else:
+            name, remedy = f"--{self.setting.replace('_', '-')}", "omit it"
         raise self.error(f"{name}: got {got!r}, expected {self.expected!r} with Distributed Muon: {self.why}; {remedy}")
 
 

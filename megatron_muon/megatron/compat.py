@@ -29,7 +29,8 @@ from megatron_muon.megatron.checks import check_megatron_version
 if TYPE_CHECKING:
     from torch import nn
 
-_MARK = "__megatron_muon_seam__"
+# Attribute of a replacement, so that a second installation finds the first.
+SEAM_MARK = "__megatron_muon_seam__"
 
 # The one place that says whether, and with which settings, Distributed Muon is active in this process.
 _active: MuonConfig | None = None
@@ -125,7 +126,7 @@ def _wrap(
             f"{where}.{name}: missing in megatron-core {version}, expected a function; this version of megatron_muon "
             "does not fit it"
         )
-    if hasattr(original, _MARK):
+    if hasattr(original, SEAM_MARK):
         return
     got = tuple(inspect.signature(original).parameters)
     if (got if exact else got[: len(parameters)]) != parameters:
@@ -134,7 +135,7 @@ def _wrap(
             "megatron_muon does not fit it"
         )
     replacement = functools.wraps(original)(seam(original))
-    setattr(replacement, _MARK, True)
+    setattr(replacement, SEAM_MARK, True)
     setattr(owner, name, replacement)
     for module in list(sys.modules.values()):
         # This package's own modules import originals to call them.
@@ -174,7 +175,8 @@ def _ddp_seam(original: Callable[..., None]) -> Callable[..., None]:
         pg_collection: Any = None,
         full_param_layout: Any = None,
     ) -> None:
-        if _active is not None:
+        # A model without DistributedOptimizer, such as a frozen reference model, is not Muon's to train.
+        if _active is not None and ddp_config.use_distributed_optimizer:
             _tag([module])
             if full_param_layout is not None and not _fits(full_param_layout, module, ddp_config):
                 # Computed from the untagged parameters; DDP computes the same layout for the tagged ones.

@@ -133,7 +133,7 @@ def _scale_aol(work: _Workspace) -> None:
     sums = torch.linalg.vector_norm(work.gram, ord=1, dim=-1, keepdim=True, dtype=dtype)
     scale = sums.clamp_(min=torch.finfo(dtype).tiny).rsqrt_().mul_(AOL_SIGMA_MAX)
     work.y.mul_(scale)
-    # One factor after the other: their product overflows for rows that are zero.
+    # One factor after the other: their outer product would be another (m, m) temporary.
     work.gram.mul_(scale).mul_(scale.mT)
 
 

@@ -1,0 +1,304 @@
+"""Trains a mini-Moonlight on the Python standard library's source twice, with AdamW and with Distributed Muon.
+
+    make demo                                             # or, in an environment that has the package:
+    python examples/demo.py
+
+Both runs have the same initial weights, data, order, schedule, learning rate and weight decay; 4 ranks on this
+machine's CPU, TP2 x EP2 x DP2, bf16 with fp32 main parameters, through `megatron.training.pretrain`. What it leaves in
+runs/demo: report.json, loss.csv, loss.png, tensorboard/ and each rank's logs. Parts of it:
+
+    python examples/demo.py --only adamw --lr 4e-3 --out runs/adamw-4e-3
+    python examples/demo.py --steps 20 --out runs/smoke
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import demo_report
+import stdlib_corpus
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+HERE = Path(__file__).resolve().parent
+RANKS = 4
+GLOBAL_BATCH = 16
+SEQUENCE_LENGTH = 256
+VALIDATION_BATCH = 64
+STEPS_PER_EVALUATION = 10
+RUNS = {"adamw": [], "muon": ["--distributed-muon", "--muon-ns-dtype", "fp32"]}
+
+# AdamW's best of 1e-3, 2e-3, 4e-3, 8e-3: final validation losses XXX.
+LEARNING_RATE = 4e-3
+STEPS = 160
+
+
+class RunFailed(RuntimeError):
+    """A training run ended with an error. The message ends with what the failing rank said last."""
+
+
+def model_flags() -> list[str]:
+    """The words of `mini_moonlight.flags`."""
+    return shlex.split((HERE / "mini_moonlight.flags").read_text(encoding="utf-8"), comments=True)
+
+
+def training_flags(run: str, *, steps: int, lr: float, corpus: Path, tensorboard: Path) -> list[str]:
+    """A run's Megatron flags: the model's, those of all runs, and the optimizer's.
+
+    Args:
+        run: `adamw` or `muon`.
+        steps: Training steps, at least 2.
+        lr: Peak learning rate: warmed up over the first tenth of the steps, then a cosine down to a tenth of it.
+        corpus: Where `train` and `valid` are.
+        tensorboard: Where to log.
+
+    Raises:
+        ValueError: If `steps` leaves no room for a warm-up, or `lr` is not positive.
+    """
+    if steps < 2:
+        raise ValueError(f"--steps: got {steps}, expected at least 2: one to warm up, one to train")
+    if not lr > 0:
+        raise ValueError(f"--lr: got {lr}, expected a positive number")
+    flags = {
+        "--train-iters": steps,
+        "--lr": lr,
+        "--min-lr": lr / 10,
+        "--lr-decay-style": "cosine",
+        "--lr-warmup-iters": max(1, steps // 10),
+        "--micro-batch-size": GLOBAL_BATCH // 2,
+        "--global-batch-size": GLOBAL_BATCH,
+        "--seq-length": SEQUENCE_LENGTH,
+        "--max-position-embeddings": SEQUENCE_LENGTH,
+        "--seed": 1234,
+        "--train-data-path": corpus / "train",
+        "--valid-data-path": corpus / "valid",
+        "--data-cache-path": corpus / "cache",
+        "--num-workers": 0,
+        "--eval-interval": STEPS_PER_EVALUATION,
+        "--eval-iters": 1,
+        "--eval-global-batch-size": VALIDATION_BATCH,
+        "--eval-micro-batch-size": VALIDATION_BATCH // 2,
+        "--log-interval": 1,
+        "--timing-log-level": 1,
+        "--tensorboard-dir": tensorboard,
+        "--distributed-timeout-minutes": 3,
+    }
+    switches = ["--no-create-attention-mask-in-dataloader", "--log-timers-to-tensorboard"]
+    return [*model_flags(), *(str(word) for flag in flags.items() for word in flag), *switches, *RUNS[run]]
+
+
+def command(flags: Sequence[str], logs: Path) -> list[str]:
+    """The command that trains on `RANKS` ranks of this machine's CPU, each rank's output going into `logs`."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    redirect = ["--log-dir", str(logs), "--redirects", "3"]
+    launch = ["-m", "megatron_muon.launch", "--device", "cpu", str(HERE / "pretrain_mini_moonlight.py")]
+    return [*torchrun, *redirect, *launch, *flags]
+
+
+def rank_environment() -> dict[str, str]:
+    """This process's environment, with the cores shared out among the ranks and GPUs, if any, left alone."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": str(max(1, cores // RANKS)),
+        "CUDA_VISIBLE_DEVICES": "",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+
+
+def failure_message(run: str, exit_code: int, logs: Path, lines: int = 40) -> str:
+    """The last lines of the rank that torchrun saw fail first, or of torchrun itself if no rank did."""
+    torchrun_log = logs / "torchrun.log"
+    said = torchrun_log.read_text(encoding="utf-8", errors="replace")
+    root_cause = re.search(r"Root Cause.*?rank\s*:\s*(\d+)", said, re.DOTALL)
+    log, who = torchrun_log, "torchrun"
+    if root_cause:
+        rank = root_cause.group(1)
+        log, who = next(iter(logs.glob(f"*/attempt_*/{rank}/stderr.log")), torchrun_log), f"rank {rank}"
+    tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+    return f"run {run} ended with exit code {exit_code}; the end of {who}'s log, {log}:\n{tail}"
+
+
+def prepare_corpus(directory: Path) -> list[dict[str, Any]]:
+    """Runs `stdlib_corpus.py`, in a process of its own since this one has no other need of torch and Megatron.
+
+    Returns:
+        What the datasets hold: `name`, `files`, `num_bytes` and `sha256` of each.
+
+    Raises:
+        RunFailed: If it exits with an error.
+    """
+    done = subprocess.run([sys.executable, stdlib_corpus.__file__, str(directory)], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RunFailed(f"preparing the corpus ended with exit code {done.returncode}:\n{done.stderr}")
+    splits: list[dict[str, Any]] = json.loads((directory / stdlib_corpus.DESCRIPTION).read_text(encoding="utf-8"))
+    return splits
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ends torchrun and, through it, its ranks; does nothing if it has ended."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(timeout=45)  # it gives its ranks 30 seconds before it kills them
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def train(run: str, flags: Sequence[str], out: Path, progress: Progress, task: TaskID) -> demo_report.RunLog:
+    """Runs one training to its end, showing how far it is.
+
+    Returns:
+        What it logged.
+
+    Raises:
+        RunFailed: If it exits with an error.
+    """
+    logs = out / "logs" / run
+    logs.mkdir(parents=True)
+    reader = demo_report.RunReader(out / "tensorboard" / run)
+    with (logs / "torchrun.log").open("wb") as output:
+        process = subprocess.Popen(
+            command(flags, logs),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=rank_environment(),
+            start_new_session=True,  # Ctrl-C is ours to pass on
+        )
+    try:
+        evaluated = 0
+        while process.poll() is None:
+            time.sleep(0.5)
+            log = reader.read()
+            show(log, progress, task)
+            if not progress.console.is_terminal and len(log.validation_loss) > evaluated:
+                evaluated = len(log.validation_loss)
+                step = max(log.validation_loss)
+                loss = log.validation_loss[step]
+                progress.console.print(f"{demo_report.LABELS[run]:<6} step {step:>4}  validation loss {loss:.3f}")
+    finally:
+        stop(process)
+    if process.returncode != 0:
+        raise RunFailed(failure_message(run, process.returncode, logs))
+    log = reader.read()
+    show(log, progress, task)
+    return log
+
+
+def show(log: demo_report.RunLog, progress: Progress, task: TaskID) -> None:
+    """Brings a run's progress line up to date."""
+    if not log.train_loss:
+        return
+    step = max(log.train_loss)
+    parts = [f"loss {log.train_loss[step]:.3f}"]
+    if log.validation_loss:
+        parts.append(f"validation {log.validation_loss[max(log.validation_loss)]:.3f}")
+    if step in log.step_s:
+        parts.append(f"{GLOBAL_BATCH * SEQUENCE_LENGTH / log.step_s[step]:,.0f} tokens/s")
+    progress.update(task, completed=step, status="  ".join(parts))
+
+
+def run_demo(runs: Sequence[str], steps: int, lr: float, out: Path, console: Console) -> None:
+    """Prepares the corpus, trains, writes the report and shows its table.
+
+    Raises:
+        ValueError: If `steps` or `lr` is out of range.
+        RunFailed: If a training run exits with an error.
+    """
+    corpus = out / "corpus"
+    flags = {
+        run: training_flags(run, steps=steps, lr=lr, corpus=corpus, tensorboard=out / "tensorboard" / run)
+        for run in runs
+    }
+    for stale in (corpus, out / "tensorboard", out / "logs"):
+        shutil.rmtree(stale, ignore_errors=True)
+    with console.status("Preparing the corpus"):
+        splits = prepare_corpus(corpus)
+    for split in splits:
+        console.print(
+            f"{split['name']}: {split['files']} files of Python's standard library, {split['num_bytes']:,} bytes"
+        )
+
+    started = time.monotonic()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}"),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    logs = {}
+    with Progress(*columns, console=console) as progress:
+        tasks = {
+            run: progress.add_task(f"{demo_report.LABELS[run]:<6}", total=steps, start=False, status="waiting")
+            for run in runs
+        }
+        for run, task in tasks.items():
+            progress.start_task(task)
+            progress.update(task, status="starting")
+            logs[run] = train(run, flags[run], out, progress, task)
+
+    setup = {
+        "steps": steps,
+        "tokens_per_step": GLOBAL_BATCH * SEQUENCE_LENGTH,
+        "learning_rate": lr,
+        "ranks": RANKS,
+        "corpus": splits,
+        "flags": flags,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("megatron-core", "megatron-muon", "torch")},
+        },
+        "training_s": round(time.monotonic() - started, 1),
+    }
+    console.print(demo_report.write_report(out, logs, setup))
+    console.print(f"{setup['training_s']:.0f} s of training. Report, curves and TensorBoard files: {out}")
+
+
+def main() -> None:
+    """Parses the command line and runs the demo."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=STEPS,
+        help=f"training steps of {GLOBAL_BATCH} x {SEQUENCE_LENGTH} bytes (default: %(default)s)",
+    )
+    parser.add_argument("--lr", type=float, default=LEARNING_RATE, help="peak learning rate (default: %(default)s)")
+    parser.add_argument("--only", choices=tuple(RUNS), help="one of the two runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where to write (default: %(default)s)")
+    options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    console = Console()
+    try:
+        run_demo([options.only] if options.only else list(RUNS), options.steps, options.lr, options.out, console)
+    except ValueError as error:
+        parser.error(str(error))
+    except RunFailed as error:
+        console.print(f"[bold red]failed[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        console.print("interrupted; the ranks are stopped")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Takes the seams of `megatron_muon.megatron.compat` out of a test process again."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from megatron_muon.megatron import arguments, compat
+
+
+@contextmanager
+def seams_removed_afterwards() -> Iterator[None]:
+    """A context after which Megatron is stock again, as far as this process has imported it."""
+    try:
+        yield
+    finally:
+        compat.activate(None)
+        arguments.say.cache_clear()
+        for module in list(sys.modules.values()):
+            if inspect.ismodule(module):
+                owners = [module, *(v for v in vars(module).values() if inspect.isclass(v))]
+                for owner in owners if module.__name__.startswith("megatron.") else [module]:
+                    for name, value in list(vars(owner).items()):
+                        if inspect.isfunction(value) and compat.SEAM_MARK in vars(value):
+                            setattr(owner, name, inspect.unwrap(value))

@@ -1,0 +1,248 @@
+"""The launcher runs a script as python would, with the plugin's flags, and completes what a CPU needs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_muon import cpu, launch
+from megatron_muon.config import MuonConfig
+from megatron_muon.megatron import compat
+from tests.distributed import run_ranks
+from tests.seams import seams_removed_afterwards
+
+
+@pytest.fixture(autouse=True)
+def _process_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    # The test process itself stays without the backend.
+    monkeypatch.setattr(cpu, "install", lambda: None)
+    with seams_removed_afterwards():
+        yield
+
+
+def script(directory: Path, text: str) -> str:
+    path = directory / "train.py"
+    path.write_text(text)
+    return str(path)
+
+
+REQUIRED = (("--distributed-backend", "gloo"), ("--use-cpu-initialization", None), ("--num-workers", "0"))
+
+
+class TestMergeArguments:
+    @pytest.mark.parametrize(
+        ("given", "added", "kept"),
+        [
+            ([], ["--distributed-backend", "gloo", "--use-cpu-initialization", "--num-workers", "0"], []),
+            (
+                ["--distributed-backend", "gloo", "--lr", "1"],
+                ["--use-cpu-initialization", "--num-workers", "0"],
+                [],
+            ),
+            (["--distributed-backend=gloo", "--num-workers=0", "--use-cpu-initialization"], [], []),
+            (
+                ["--num-workers", "2"],
+                ["--distributed-backend", "gloo", "--use-cpu-initialization"],
+                ["--num-workers 2"],
+            ),
+            # argparse takes the last of a flag that repeats.
+            (
+                ["--distributed-backend", "nccl", "--distributed-backend", "gloo"],
+                ["--use-cpu-initialization", "--num-workers", "0"],
+                [],
+            ),
+        ],
+    )
+    def test_adds_what_is_missing(self, given: list[str], added: list[str], kept: list[str]) -> None:
+        assert launch.merge_arguments(given, REQUIRED) == ([*given, *added], added, kept)
+
+    @pytest.mark.parametrize("given", [["--distributed-backend", "nccl"], ["--distributed-backend=nccl"]])
+    def test_refuses_contradictions(self, given: list[str]) -> None:
+        with pytest.raises(ValueError, match=r"^--distributed-backend: got 'nccl', expected 'gloo'.*omit it"):
+            launch.merge_arguments(given, REQUIRED)
+
+    def test_every_required_flag_exists_in_megatron(self) -> None:
+        from tests.test_arguments import stock_parser
+
+        known = stock_parser()._option_string_actions
+        for flag, value in cpu.REQUIRED_FLAGS:
+            assert (known[flag].nargs == 0) == (value is None), flag
+
+
+class TestMain:
+    def test_runs_the_script_as_python_would(self, tmp_path: Path) -> None:
+        (tmp_path / "beside.py").write_text("value = 41")
+        report = tmp_path / "report.json"
+        path = script(
+            tmp_path,
+            f"""
+import json, sys
+import beside
+import __main__
+json.dump(
+    {{
+        "name": __name__, "file": __file__, "argv": sys.argv, "path": sys.path[0], "beside": beside.value,
+        "main": __main__.__dict__ is globals(),
+    }},
+    open({str(report)!r}, "w"),
+)
+""",
+        )
+        launch.main(["--device", "cpu", path, "--device", "x", "--help"])
+        got = json.loads(report.read_text())
+        required = cpu.cpu_arguments()
+        assert got["argv"] == [path, "--device", "x", "--help", *required]
+        assert (got["name"], got["file"], got["path"], got["beside"]) == ("__main__", path, str(tmp_path), 41)
+        assert got["main"]
+
+    @pytest.mark.parametrize("leave", ["sys.exit(7)", "raise KeyError('mine')"])
+    def test_the_scripts_end_is_the_launchers(self, leave: str, tmp_path: Path) -> None:
+        path = script(tmp_path, f"import sys\n{leave}\n")
+        with pytest.raises((SystemExit, KeyError)) as raised:
+            launch.main(["--device", "cpu", path])
+        if isinstance(raised.value, SystemExit):
+            assert raised.value.code == 7
+        else:
+            assert raised.value.args == ("mine",)
+            assert raised.traceback[-1].path == Path(path)
+
+    def test_the_script_parses_the_plugins_flags(self, tmp_path: Path) -> None:
+        path = script(
+            tmp_path,
+            "from megatron.training.arguments import parse_args\nargs = parse_args()\n"
+            "assert args.distributed_backend == 'gloo' and args.muon_momentum == 0.5\n",
+        )
+        launch.main(
+            ["--device", "cpu", path, "--use-distributed-optimizer", "--distributed-muon", "--muon-momentum", "0.5"]
+        )
+        assert compat.active_config() == MuonConfig(momentum=0.5)
+
+    def test_without_the_flag_nothing_is_active(self, tmp_path: Path) -> None:
+        path = script(
+            tmp_path, "from megatron.training.arguments import parse_args\nassert parse_args().muon_momentum == 0.9\n"
+        )
+        launch.main(["--device", "cpu", path, "--optimizer", "muon"])
+        assert compat.active_config() is None
+
+    def test_says_on_rank_0_what_it_adds(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = script(tmp_path, "")
+        launch.main(["--device", "cpu", path, "--transformer-impl", "local", "--num-workers", "3"])
+        said = capsys.readouterr().out
+        added = next(line for line in said.splitlines() if "adds" in line)
+        assert "--distributed-backend gloo" in added
+        assert "--transformer-impl" not in said and "leaves --num-workers 3 as given" in said
+        monkeypatch.setenv("RANK", "1")
+        launch.main(["--device", "cpu", path])
+        assert capsys.readouterr().out == ""
+
+    @pytest.mark.parametrize("device", [[], ["--device", "auto"], ["--device", "cuda"]])
+    def test_no_cuda(self, device: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        with pytest.raises(RuntimeError, match=r"^--device: got \w+, expected a CUDA device.*add --device cpu"):
+            launch.main([*device, script(tmp_path, "raise AssertionError('ran')")])
+
+    def test_cuda_adds_nothing(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+        path = script(tmp_path, "import sys\nassert sys.argv[1:] == ['--lr', '1'], sys.argv\n")
+        launch.main([path, "--lr", "1"])
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            ([], "SCRIPT is missing"),
+            (["--device", "cpu"], "SCRIPT is missing"),
+            (["nowhere.py", "--lr", "1"], r"SCRIPT: got 'nowhere\.py', which is no file"),
+            (["--device", "tpu", "x.py"], "invalid choice: 'tpu'"),
+            (["--distributed-muon", "x.py"], "unrecognized arguments: --distributed-muon"),
+        ],
+        ids=" ".join,
+    )
+    def test_bad_command_line(self, words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as left:
+            launch.main(words)
+        assert left.value.code == 2
+        assert re.search(message, capsys.readouterr().err)
+
+    def test_help_shows_the_launchers_options_and_the_plugins_flags(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as left:
+            launch.main(["--help"])
+        text = capsys.readouterr().out
+        assert left.value.code == 0
+        for flag in ("--device {auto,cuda,cpu}", "--distributed-muon", "--muon-preset", "--muon-no-nesterov"):
+            assert flag in text
+
+
+def test_as_a_command(tmp_path: Path) -> None:
+    """The real thing once, in a process of its own: backend, flags, exit code."""
+    path = script(
+        tmp_path,
+        "import sys, torch\nfrom megatron.training.arguments import parse_args\nargs = parse_args()\n"
+        "print('ran', args.muon_ns_dtype, args.optimizer, torch.zeros(1, device='cuda').device)\nsys.exit(7)\n",
+    )
+    words = ["--use-distributed-optimizer", "--optimizer", "muon", "--distributed-muon"]
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_muon.launch", "--device", "cpu", path, *words],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "RANK": "0", "WORLD_SIZE": "1"},
+    )
+    assert done.returncode == 7, done.stderr
+    assert "ran fp32 adam cpu" in done.stdout
+    assert done.stdout.count("--optimizer muon becomes adam") == 1
+
+
+# A script that knows nothing of this package.
+PRETRAIN = str(Path(__file__).parent / "cpu_pretrain_gpt.py")
+TRAINING = (
+    *("--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", "16"),
+    *("--max-position-embeddings", "16", "--micro-batch-size", "2", "--global-batch-size", "8", "--train-iters", "3"),
+    *("--swiglu", "--normalization", "RMSNorm", "--disable-bias-linear", "--position-embedding-type", "rope"),
+    *("--untie-embeddings-and-output-weights", "--mock-data", "--tokenizer-type", "NullTokenizer"),
+    *("--vocab-size", "64", "--lr", "0.01", "--bf16", "--use-distributed-optimizer"),
+    *("--log-interval", "1", "--eval-iters", "0", "--eval-interval", "100"),
+)
+
+
+def _launch(rank: int, world_size: int, path: str, words: tuple[str, ...]) -> tuple[list[float], str]:
+    """Launches a script on this rank; returns the losses Megatron logged, and everything printed."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        launch.main(["--device", "cpu", path, *words])
+    text = out.getvalue()
+    return [float(value) for value in re.findall(r"lm loss: (\S+)", text)], text
+
+
+def test_an_unmodified_script_trains_with_muon() -> None:
+    runs: dict[str, list[Any]] = {
+        name: run_ranks(_launch, 2, PRETRAIN, (*TRAINING, *words))
+        for name, words in {
+            "adamw": (),
+            "muon": ("--distributed-muon",),
+            "upstream": ("--distributed-muon", "--optimizer", "muon"),
+        }.items()
+    }
+    # Megatron logs on the last rank, this package on the first.
+    losses = {name: ranks[-1][0] for name, ranks in runs.items()}
+    assert all(len(values) == 3 for values in losses.values()), losses
+    # The loss is before the update: the first one is the model's, the later ones tell the optimizers apart.
+    assert losses["adamw"][0] == losses["muon"][0]
+    assert abs(losses["adamw"][2] - losses["muon"][2]) > 1e-3
+    assert losses["upstream"] == losses["muon"]
+    assert "becomes adam" in runs["upstream"][0][1] and "becomes adam" not in runs["upstream"][1][1]
+    assert "megatron_muon: Newton-Schulz" in runs["muon"][0][1]
+    assert "Newton-Schulz" not in runs["adamw"][0][1]
