@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -72,7 +73,7 @@ def training_flags(run: str, *, steps: int, lr: float, corpus: Path, tensorboard
     """
     if steps < 2:
         raise ValueError(f"--steps: got {steps}, expected at least 2: one to warm up, one to train")
-    if not lr > 0:
+    if not 0 < lr < math.inf:
         raise ValueError(f"--lr: got {lr}, expected a positive number")
     flags = {
         "--train-iters": steps,

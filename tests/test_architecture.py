@@ -24,13 +24,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline",),
     ("optimizer",),
     ("megatron", "cpu"),
-    ("cli", "profile", "launch"),
-    ("",),  # the package's own __init__: the public functions
+    ("planning", "profile", "launch"),
+    ("cli",),
+    ("", "__main__"),  # "": the package's own __init__, with the public functions
 )
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 # Who may import Megatron whenever it is imported itself, and who only once a function of it is called.
 IMPORTS_MEGATRON = frozenset({"megatron", "cpu"})
-IMPORTS_MEGATRON_LAZILY = frozenset({"cli", "profile", "launch", ""})
+IMPORTS_MEGATRON_LAZILY = frozenset({"planning", "profile", "launch", "cli", ""})
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_muon.config import MuonConfig, scale_factor
 from megatron_muon.muon import apply_updates, momentum_update, orthogonalized_updates
-from megatron_muon.newton_schulz import coefficients, orthogonalize
+from megatron_muon.newton_schulz import CoefficientSet, coefficients, orthogonalize
 
 FP32 = MuonConfig(ns_dtype="fp32")
 KELLER = (3.4445, -4.7750, 2.0315)
@@ -163,7 +163,9 @@ def test_orthogonalized_updates_are_newton_schulz_times_the_scale() -> None:
     assert not torch.isclose(storage[touched], before[touched]).any()
 
 
-@pytest.mark.parametrize("coefficient_set, steps", [("keller", 5), ("you", 5), ("polar_express", 8), ("deepseek_v4", 10)])
+@pytest.mark.parametrize(
+    "coefficient_set, steps", [("keller", 5), ("you", 5), ("polar_express", 8), ("deepseek_v4", 10)]
+)
 def test_batched_equals_unbatched(coefficient_set: str, steps: int) -> None:
     """Other kernels, other order of sums, at (16, 256) the other iteration: equal but for rounding.
 
@@ -206,6 +208,40 @@ def test_iterations_run_in_ns_dtype_and_the_scale_does_not() -> None:
     assert matrix.dtype == torch.float32 and same_bits(matrix, expected)
     # Had the product been rounded to bf16, every element would be representable in it.
     assert not torch.equal(matrix, matrix.bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    "ns_dtype",
+    [
+        "fp32",
+        "bf16",
+        pytest.param("fp16", marks=pytest.mark.xfail(strict=True, reason="cast to fp16 before it is normalized")),
+    ],
+)
+@pytest.mark.parametrize("exponent", [-40, -20, 40])
+def test_update_does_not_depend_on_the_gradients_scale(ns_dtype: Any, exponent: int) -> None:
+    """Gradients of 1e-6 are common, and gradient clipping scales them at will; powers of two even keep every bit."""
+    config = MuonConfig(ns_dtype=ns_dtype)
+    expected, scaled = normal(1, 16, 24), normal(1, 16, 24) * 2.0**exponent
+    orthogonalized_updates(views_of(expected), config)
+    orthogonalized_updates(views_of(scaled), config)
+    assert same_bits(scaled, expected)
+
+
+@pytest.mark.parametrize(
+    "coefficient_set",
+    [
+        *(name for name in get_args(CoefficientSet) if name != "aol"),
+        pytest.param("aol", marks=pytest.mark.xfail(strict=True, reason="run without the scaling that aol needs")),
+    ],
+)
+def test_every_coefficient_set_that_a_config_takes_orthogonalizes(coefficient_set: str) -> None:
+    """Its update is near 0.2 * sqrt(24) U V^T; keller's singular values are the farthest off, down to 0.68."""
+    steps = {"deepseek_v4": 10, "aol": 4}.get(coefficient_set, 5)
+    matrix = normal(1, 8, 24)
+    orthogonalized_updates(views_of(matrix), MuonConfig(coefficients=coefficient_set, ns_steps=steps, ns_dtype="fp32"))
+    sigma = torch.linalg.svdvals(matrix) / (0.2 * math.sqrt(24))
+    assert sigma.min() > 0.68 and sigma.max() < 1.14
 
 
 @pytest.mark.parametrize("mode", ["spectral", "unit_rms_norm", "shape_scaling"])

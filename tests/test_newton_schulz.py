@@ -377,6 +377,13 @@ def test_one_matrix_uses_plain_products_and_little_memory(shape: tuple[int, int]
     assert recorder.allocated_numel == 2 * x.numel() + small
 
 
+def test_a_batch_of_large_matrices_needs_the_memory_of_one_on_a_cpu() -> None:
+    x = torch.randn(4, 128, 160)
+    with _Recorder() as recorder:
+        orthogonalize(x, coefficients("keller", 5), method="standard")
+    assert recorder.allocated_numel == x.numel() + 2 * 128 * 160 + 2 * 128**2
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 

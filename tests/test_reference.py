@@ -42,7 +42,7 @@ def movement_against_torch(config: MuonConfig, shape: tuple[int, int]) -> tuple[
     for step in range(1, STEPS + 1):
         gradient = normal(step, *shape)
         parameter.grad = gradient.clone()
-        theirs.step()
+        theirs.step()  # type: ignore[no-untyped-call]
         ours.step({"w": gradient}, lr=LR, weight_decay=WEIGHT_DECAY)
     return parameter.detach(), ours.parameters["w"], start * decayed(STEPS)
 
@@ -71,16 +71,19 @@ def test_equals_torch_in_bf16(shape: tuple[int, int]) -> None:
     """As torch runs it. A step of Newton-Schulz adds terms of 10 times its result, hence rounds by 10 * 2^-9 = 2 %.
 
     Five independent ones, at a slope of about one, give 2 % * sqrt(5) = 4.5 % for each of the two, and 6.3 % between
-    them. (Measured: 2 to 5 %.) The steps' errors are independent too, while the movement adds up.
+    them (measured: 2 to 5 %). The errors of the six updates are independent, while the updates share a direction: in
+    the movement between 6.3 % and 6.3 % / sqrt(6) = 2.6 % are left (measured: 1.4 to 1.9 %). One Newton-Schulz step
+    less makes 20 %, no Nesterov 20 %, other coefficients 8 %, momentum 0.9 makes 6 %.
     """
     theirs, ours, start = movement_against_torch(dataclasses.replace(FP32, ns_dtype="bf16"), shape)
-    assert (theirs - ours).norm() <= 0.063 * (ours - start).norm()
+    assert (theirs - ours).norm() <= 0.04 * (ours - start).norm()
 
 
 def svd_update(direction: Tensor, response: Callable[[Tensor], Tensor]) -> Tensor:
     """0.2 * sqrt(max(rows, cols)) * U p(S) V^T in float64, S the singular values over their root sum of squares."""
     u, s, vh = torch.linalg.svd(direction.double(), full_matrices=False)
-    return 0.2 * max(direction.shape) ** 0.5 * (u * response(s / s.norm())) @ vh
+    update: Tensor = 0.2 * max(direction.shape) ** 0.5 * (u * response(s / s.norm())) @ vh
+    return update
 
 
 def keller(sigma: Tensor) -> Tensor:
@@ -103,7 +106,9 @@ def expected_weights(
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("nesterov", [True, False])
-@pytest.mark.parametrize("coefficients, steps, response", [("keller", 5, keller), ("polar_express", 12, torch.ones_like)])
+@pytest.mark.parametrize(
+    "coefficients, steps, response", [("keller", 5, keller), ("polar_express", 12, torch.ones_like)]
+)
 def test_equals_singular_value_decomposition(
     shape: tuple[int, int], nesterov: bool, coefficients: str, steps: int, response: Callable[[Tensor], Tensor]
 ) -> None:

@@ -37,9 +37,13 @@ def _torch_norm(original: Callable[..., torch.nn.Module]) -> Callable[..., torch
         unsharded.sequence_parallel = False
         norm = original(cls, unsharded, hidden_size, eps, *args, **kwargs)
         # A norm acts on each token alone; only its gradients are partial sums over this rank's tokens. Megatron's
-        # finalize_model_grads adds them up over the tensor-parallel group for parameters with this mark.
+        # finalize_model_grads adds them up over the tensor-parallel group for parameters with this mark. It also adds
+        # up MLA's q_layernorm, by its name, where without sequence parallelism each rank has the whole gradient: the
+        # average is then the gradient itself.
+        replicated = not config.sequence_parallel and getattr(config, "multi_latent_attention", False)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+            parameter.average_gradients_across_tp_domain = replicated  # type: ignore[attr-defined]
         return norm
 
     return new

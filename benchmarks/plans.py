@@ -1,0 +1,96 @@
+"""Compares Distributed Muon's plans with upstream's layer-wise layout and Moonlight's all-gather, 8 to 4096 ranks.
+
+    python benchmarks/plans.py
+
+Nothing is run or timed: shapes, Megatron-Core's own layout functions and the plugin's own planner decide everything,
+so that the result is the same on every machine. Writes `plans.json` and `plans.md` into `benchmarks/results`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_muon.planning.estimates import MOONLIGHT, OURS, SCHEMES, UPSTREAM
+from megatron_muon.planning.models import BUILT_IN
+from megatron_muon.planning.table import plan_table
+
+RANKS = tuple(2**n for n in range(3, 13))
+RESULTS = Path(__file__).resolve().parent / "results"
+
+HEADER = """# Plans
+
+The worst pipeline stage of each built-in model under a usual layout, by `python benchmarks/plans.py`; JSON beside it.
+Computed from shapes, nothing measured.
+
+- **NS max/ideal**: Newton-Schulz FLOPs of the most loaded rank over the share it would have if every logical matrix
+  were orthogonalized once and the load were level.
+- **padding**: of Muon's gradient and parameter buffers, over the parameters.
+- **sent**: what a rank sends beyond AdamW's reduce-scatter (4 B) and all-gather (2 B) of the same parameters, as a
+  share of those; mean, and the most loaded rank. `-`: no data parallelism, so AdamW sends nothing.
+- **up.**: Megatron-Core's LayerWiseDistributedOptimizer, its own layout, `--muon-tp-mode duplicated`.
+  **Moonl.**: Moonlight's all-gather. **matrices/rank**: logical matrices of a stage over its ranks, the least.
+"""
+COLUMNS = (
+    "model",
+    "ranks",
+    "dp tp pp ep",
+    "matrices/rank",
+    "NS max/ideal",
+    "up.",
+    "Moonl.",
+    "padding %",
+    "up.",
+    "sent % mean / max",
+    "up. max",
+    "Moonl. max",
+)
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of `plan_table` as a Markdown document."""
+    lines = [HEADER, f"| {' | '.join(COLUMNS)} |", f"|{' --- |' * 3}{' ---: |' * (len(COLUMNS) - 3)}"]
+    for row in rows:
+        ours, upstream, moonlight = (row[scheme] for scheme in SCHEMES)
+        cells = (
+            row["model"],
+            row["ranks"],
+            f"{row['dp']} {row['tp']} {row['pp']} {row['ep']}",
+            f"{row['logical_matrices_per_rank']:.1f}",
+            f"{ours['max_over_ideal']:.2f}",
+            f"{upstream['max_over_ideal']:.2f}",
+            f"{moonlight['max_over_ideal']:.2f}",
+            f"{100 * ours['padding']:.2f}",
+            f"{100 * upstream['padding']:.0f}",
+            f"{_percent(ours['sent_over_adamw_mean'])} / {_percent(ours['sent_over_adamw_max'])}",
+            _percent(upstream["sent_over_adamw_max"]),
+            _percent(moonlight["sent_over_adamw_max"]),
+        )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Writes the comparison; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(BUILT_IN), default=list(BUILT_IN))
+    parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS))
+    parser.add_argument("--output", type=Path, default=RESULTS, help="directory (default: benchmarks/results)")
+    args = parser.parse_args(argv)
+    rows = plan_table(args.models, args.ranks)
+    args.output.mkdir(parents=True, exist_ok=True)
+    content = {"version": 1, "schemes": {"ours": OURS, "upstream": UPSTREAM, "moonlight": MOONLIGHT}, "rows": rows}
+    (args.output / "plans.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (args.output / "plans.md").write_text(markdown(rows), encoding="utf-8")
+    print(f"{len(rows)} plans -> {args.output / 'plans.md'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""`python -m megatron_muon`: the table of subcommands."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron_muon.planning import command as plan
+
+# Each adds its parser, whose default `run` is its action. They import torch only when run.
+SUBCOMMANDS: tuple[Callable[[Any], argparse.ArgumentParser], ...] = (plan.add_parser,)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the subcommand named in `argv` (default: the process's arguments) and returns its exit code.
+
+    Raises:
+        SystemExit: If the command line is bad, or help is asked for.
+    """
+    parser = argparse.ArgumentParser(prog="megatron_muon", description="Tools around Distributed Muon.")
+    subparsers = parser.add_subparsers(title="subcommands", required=True, metavar="SUBCOMMAND")
+    for add_parser in SUBCOMMANDS:
+        add_parser(subparsers)
+    args = parser.parse_args(argv)
+    return int(args.run(args))
