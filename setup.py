@@ -12,7 +12,7 @@ setup(
     packages=find_packages(include=["megatron_muon", "megatron_muon.*"]),
     package_data={"megatron_muon": ["py.typed"]},
     python_requires=">=3.12",
-    install_requires=["torch>=2.8", "megatron-core>=0.19.2,<0.20", "rich>=13"],
+    install_requires=["torch>=2.8", "megatron-core>=0.19.2,<0.20", "rich>=13", "PyYAML>=6"],
     extras_require={
         # What `make demo` needs beyond the plugin: plots and TensorBoard's event files.
         "demo": ["matplotlib>=3.8", "tensorboard>=2.16"],

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from emerging_optimizers.orthogonalized_optimizers.muon import get_muon_scale_factor
@@ -138,6 +139,19 @@ def test_slicing_does_not_change_a_bit(
     directions = element_wise_step(pieces[0], pieces[1], pieces[2], nesterov)
     for expected, got in zip((*whole, direction), (*pieces, directions), strict=True):
         assert same_bits(torch.cat(got), expected)
+
+
+def test_every_operation_rounds_once() -> None:
+    """As in numpy's float32, one operation after the other. A fused multiply-add would round a product less."""
+    w, m, g = (normal(seed, 200) for seed in (1, 2, 3))
+    arrays = [t.numpy().copy() for t in (w, m, g)]
+    (direction,) = element_wise_step([w], [m], [g], nesterov=True)
+    f32 = np.float32
+    expected_m = arrays[1] * f32(0.95) + arrays[2]
+    expected_direction = expected_m * f32(0.95) + arrays[2]
+    expected_w = arrays[0] * f32(1.0 - 0.0123 * 0.1) - expected_direction * f32(0.0123)
+    for got, expected in ((m, expected_m), (direction, expected_direction), (w, expected_w)):
+        assert same_bits(got, torch.from_numpy(expected))
 
 
 def views_of(*matrices: Tensor) -> list[Tensor]:

@@ -188,10 +188,12 @@ class StandInGramPackage:
         assert gram_newton_schulz_reset_iterations == [2]
         self.schedule = tuple((a, b, c) for a, b, c in ns_coefficients)
         self.method: Any = "gram" if use_gram_newton_schulz else "standard"
+        self.epsilon = ns_epsilon
         type(self).made += 1
 
     def __call__(self, x: Tensor) -> Tensor:
-        return orthogonalize(x.half(), self.schedule, method=self.method).to(x.dtype)
+        scaled = x.float() / (x.float().norm(dim=(-2, -1), keepdim=True) + self.epsilon)
+        return orthogonalize(scaled.half(), self.schedule, method=self.method).to(x.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -199,8 +201,9 @@ def test_gram_package_with_a_stand_in(dtype: torch.dtype, monkeypatch: pytest.Mo
     monkeypatch.setattr(StandInGramPackage, "made", 0)
     backend = GramPackageBackend(StandInGramPackage)
     schedule = coefficients("you", 5)
-    # A scale at which the package's absolute epsilon, and its float16 squares, would be lost.
-    x = (torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(0)) * 2.0**-14).to(dtype)
+    # Where the data type reaches so far, a scale that the package's absolute epsilon would swallow.
+    scale = 2.0**-60 if dtype == torch.bfloat16 else 2.0**-8
+    x = (torch.randn(2, 16, 64, generator=torch.Generator().manual_seed(0)) * scale).to(dtype)
     for method in ("auto", "gram", "standard", "gram"):
         y = backend.orthogonalize(x, schedule, method=method)
         assert y.shape == x.shape and y.dtype == dtype

@@ -365,7 +365,7 @@ def bind_other_plan(rank: int, world_size: int) -> tuple[str, str, str]:
 
 def test_ranks_with_different_plans() -> None:
     """Every rank raises, and the message tells which rank has which plan."""
-    results = run_ranks(bind_other_plan, 3)
+    results = run_ranks(bind_other_plan, 3, timeout_s=60.0)
     prints = [fingerprint[:12] for _, _, fingerprint in results]
     assert prints[0] == prints[2] != prints[1]
     listed = ", ".join(f"rank {rank}: {fingerprint}" for rank, fingerprint in enumerate(prints))
@@ -408,7 +408,7 @@ def bind_misfits(rank: int, world_size: int, names: list[str]) -> list[str]:
 
 
 def test_slices_that_do_not_fit_fail_on_every_rank() -> None:
-    for messages in run_ranks(bind_misfits, 3, list(MISFITS)):
+    for messages in run_ranks(bind_misfits, 3, list(MISFITS), timeout_s=60.0):
         assert messages == [f"slices do not fit the ownership plan: rank 1: {text}" for text, _ in MISFITS.values()]
 
 

@@ -268,6 +268,21 @@ def test_tiny_model_by_hand() -> None:
     assert moonlight.momentum_bytes == ours.momentum_bytes
 
 
+def test_dense_matrices_go_where_experts_left_room() -> None:
+    """Two experts on ep 2, dp 4: each is one matrix on two ranks, half on either, so that the first of them owns it.
+
+    Those are the stage's ranks 0 and 1 (expert-parallel rank fastest); the two dense matrices go to 2 and 3.
+    """
+    expert = {"name": "mlp.experts.linear_fc1", "shape": [64, 64], "experts": 2}
+    dense = [{"name": name, "shape": [64, 32]} for name in ("a", "b")]
+    shapes = {"layers": [{"matrices": [*dense, expert]}]}
+    plan = plan_model(model_from_shapes("tiny", shapes, "test"), Layout(dp=4, ep=2))
+    cost, expert_cost = newton_schulz_flops(64, 32, 5), newton_schulz_flops(64, 64, 5)
+    assert estimate(plan, OURS).flops == (expert_cost, expert_cost, cost, cost)
+    # Upstream packs by size, each kind on its own: its ranks 0 and 1 have both.
+    assert estimate(plan, UPSTREAM).flops == (expert_cost + cost, expert_cost + cost, 0, 0)
+
+
 def test_tensor_parallel_gathers_by_hand() -> None:
     """One 64 x 32 matrix in two row pieces on tp 2, dp 1: nothing to reduce, two pieces of 1024 to bring together."""
     shapes = {"layers": [{"matrices": [{"name": "a", "shape": [64, 32], "split": "rows"}]}]}
@@ -369,11 +384,13 @@ def test_optimizer_instances() -> None:
 
 
 def test_links() -> None:
-    # Ranks 0..15, two nodes: rank 0 sends 3 elements to rank 1 and 5 to rank 8, rank 2 sends 4 to rank 1.
+    # Ranks 0..15, two nodes. Rank 1 receives most within a node, 3 + 4, and rank 8 most from the other node, 5 + 6.
     traffic = [[0] * 16 for _ in range(16)]
-    traffic[0][0], traffic[0][1], traffic[0][8], traffic[2][1] = 9, 3, 5, 4
+    traffic[0][0], traffic[0][1], traffic[2][1], traffic[0][8], traffic[3][8] = 9, 3, 4, 5, 6
     collective = all_to_all(traffic, 2, range(16))
-    assert (collective.nvlink_bytes, collective.network_bytes) == (2 * 7, 2 * 5)
+    assert (collective.nvlink_bytes, collective.network_bytes) == (2 * 7, 2 * 11)
+    # The other way round ranks 1 and 8 send as much.
+    assert all_to_all([list(row) for row in zip(*traffic, strict=True)], 2, range(16)) == collective
     # Eight rings leave a node through eight adapters; a group with one rank per node has one.
     assert ring(800.0, 16, 1).network_bytes == 100.0
     assert ring(800.0, 16, 8) == type(collective)(0.0, 800.0)
