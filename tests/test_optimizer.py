@@ -1,4 +1,7 @@
-"""ShardedMuon without Megatron: equal to the reference however matrices are cut, and a well-behaved torch optimizer."""
+"""ShardedMuon without Megatron: equal to the reference however matrices are cut, and a well-behaved torch optimizer.
+
+Longer than a page or two, since all of it is about one class.
+"""
 
 from __future__ import annotations
 
