@@ -12,7 +12,7 @@ import torch
 
 from megatron_muon.cost_model import alone_flops, band_flops, band_sent_bytes, band_stages
 from megatron_muon.matrices import MatrixSpec
-from megatron_muon.shares import Share, is_single, share_run, share_shape, shares
+from megatron_muon.shares import Share, is_single, max_shares, share_run, share_shape, shares
 from megatron_muon.team import Seat
 
 
@@ -113,7 +113,7 @@ class OwnershipPlan:
 
     Raises:
         ValueError: If slices leave a gap or overlap, names repeat, an owner is no rank or owns two shares of a part,
-            or rounds are no partition.
+            a part has more owners than shares, or rounds are no partition.
     """
 
     tp_ranks: tuple[int, ...]
@@ -132,14 +132,23 @@ class OwnershipPlan:
             raise ValueError(f"the plan names {', '.join(repeated)} more than once")
         for matrix in self.matrices:
             _check_cover(matrix, self.tp_ranks)
-        for matrix, owners in zip(self.matrices, self.owners, strict=True):
-            if len(owners) != len(matrix.spec.parts) or not all(map(self._are_owners, owners)):
+        for matrix, owners, methods in zip(self.matrices, self.owners, self.methods, strict=True):
+            parts = range(len(matrix.spec.parts))
+            if len(owners) != len(parts) or not all(self._are_owners(matrix.spec, *p) for p in zip(parts, owners)):
                 raise ValueError(f"{matrix.spec.name}: got owners {owners} for a group of {self.world_size} ranks")
+            if len(methods) != len(parts) or any(len(o) % m.groups for o, m in zip(owners, methods)):
+                raise ValueError(
+                    f"{matrix.spec.name}: got owners {owners}, which are no groups of equal size {methods}"
+                )
         if sorted(i for r in self.rounds for i in r) != list(range(len(self.matrices))):
             raise ValueError(f"the rounds {self.rounds} are not a partition of {len(self.matrices)} parameters")
 
-    def _are_owners(self, ranks: tuple[int, ...]) -> bool:
-        return 0 < len(ranks) == len(set(ranks)) and all(0 <= rank < self.world_size for rank in ranks)
+    def _are_owners(self, spec: MatrixSpec, part: int, ranks: tuple[int, ...]) -> bool:
+        return (
+            len(ranks) == len(set(ranks))
+            and 0 < len(ranks) <= (max_shares(spec, part) if len(ranks) > 1 else 1)
+            and all(0 <= rank < self.world_size for rank in ranks)
+        )
 
     @property
     def world_size(self) -> int:
