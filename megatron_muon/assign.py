@@ -26,6 +26,7 @@ from megatron_muon.cost_model import Kind, ShareCosts
 _LEAST_GAIN = 0.02
 _PRECISION = 0.005
 _MOST_SEARCHES = 16
+_GROWTH = (0.5, 0.6, 0.7, 0.8, 0.9, 1 - _LEAST_GAIN)
 _FULL = np.iinfo(np.int64).max // 4
 
 
@@ -68,11 +69,12 @@ def assign(jobs: Sequence[Job], initial: Sequence[int], nodes: Sequence[int]) ->
     """
     order = sorted(range(len(jobs)), key=lambda i: (-jobs[i].alone, jobs[i].name))
     ranked = [jobs[i] for i in order]
-    owners = _place(ranked, initial, nodes, limit=None)
+    owners = _place(ranked, _Ranks(initial, nodes), limit=None)
     assert owners is not None
     shared = _shared(ranked, initial, nodes, max(_loads(ranked, owners, initial), default=0))
     if shared is not None:
         owners = shared
+        _grow_teams(ranked, owners, initial, nodes)
     _exchange_equals(ranked, owners, nodes)
     _move_to_holders(ranked, owners, initial)
     chosen = dict(zip(order, owners, strict=True))
@@ -104,7 +106,7 @@ def _shared(jobs: list[Job], initial: Sequence[int], nodes: Sequence[int], alone
         if high - low <= _PRECISION * high:
             break
         limit = (low + high) // 2
-        owners = _place(jobs, initial, nodes, limit)
+        owners = _place(jobs, _Ranks(initial, nodes), limit)
         if owners is None:
             low = limit
         else:
@@ -161,9 +163,8 @@ class _Ranks:
         return [self.members[i] for i in order[:count]]
 
 
-def _place(jobs: list[Job], initial: Sequence[int], nodes: Sequence[int], limit: int | None) -> list[Owners] | None:
+def _place(jobs: list[Job], ranks: _Ranks, limit: int | None) -> list[Owners] | None:
     """Owners of jobs in the order given, by load; None if a job fits under `limit` in no way. No limit: no sharing."""
-    ranks = _Ranks(initial, nodes)
     out = []
     for job in jobs:
         rank = ranks.least_loaded()
@@ -215,12 +216,42 @@ def _team(job: Job, ranks: _Ranks, limit: int) -> Owners | None:
     return Owners(tuple(rank for members in sorted(chosen) for rank in members), kind)
 
 
-def _exchange_equals(jobs: list[Job], owners: list[Owners], nodes: Sequence[int]) -> None:
-    """Gives jobs of equal cost to those among their owners that hold most of them. No rank's load changes."""
+def _classes(jobs: Sequence[Job], owners: Sequence[Owners]) -> list[list[int]]:
+    """Jobs that cost the same and have as many owners, in the same kind of place."""
     classes: dict[tuple[ShareCosts, int, Kind], list[int]] = defaultdict(list)
     for index, (job, chosen) in enumerate(zip(jobs, owners, strict=True)):
         classes[job.costs, len(chosen.ranks), chosen.kind].append(index)
-    for members in classes.values():
+    return list(classes.values())
+
+
+def _grow_teams(jobs: list[Job], owners: list[Owners], initial: Sequence[int], nodes: Sequence[int]) -> None:
+    """Lets ranks that the limit left idle join teams, where all teams of a class then end earlier.
+
+    The makespan stays, and so do other jobs; what falls is the load of those that did not set it.
+    """
+    load = _loads(jobs, owners, initial)
+
+    def peak(members: list[int]) -> int:
+        return max(load[rank] for index in members for rank in owners[index].ranks)
+
+    teams = [members for members in _classes(jobs, owners) if len(owners[members[0]].ranks) > 1]
+    for members in sorted(teams, key=lambda members: (-peak(members), members)):
+        for fraction in _GROWTH:
+            ranks = _Ranks(load, nodes)
+            for index in members:
+                for rank in owners[index].ranks:
+                    ranks.add(rank, -_cost(jobs[index], owners[index]))
+            grown = _place([jobs[index] for index in members], ranks, int(fraction * peak(members)))
+            if grown is not None:
+                for index, team in zip(members, grown, strict=True):
+                    owners[index] = team
+                load = ranks.load.tolist()
+                break
+
+
+def _exchange_equals(jobs: list[Job], owners: list[Owners], nodes: Sequence[int]) -> None:
+    """Gives jobs of equal cost to those among their owners that hold most of them. No rank's load changes."""
+    for members in _classes(jobs, owners):
         slots: dict[Owners, int] = defaultdict(int)
         for index in members:
             slots[owners[index]] += 1
