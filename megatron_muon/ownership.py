@@ -301,16 +301,26 @@ class OwnershipPlan:
                         total[owner if scatter else segment.rank] += segment.numel
         return tuple(total)
 
-    def team_sent_bytes(self) -> tuple[int, ...]:
-        """Bytes that each rank sends to other members of its teams in one step."""
-        total = [0] * self.world_size
+    def team_sent_bytes(self, nodes: Sequence[int] | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Bytes that each rank sends to other members of its teams in one step: (within its node, to other nodes).
+
+        Args:
+            nodes: Node of each rank. None, where only the sum is asked for, counts all as within the node but what
+                the groups of a team send each other.
+        """
+        near, far = [0] * self.world_size, [0] * self.world_size
         for item in self.all_items():
-            team = self.team(item)
-            if team is not None:
-                seat, divided = team.seat(item.share), team.method.divided
-                sent = band_sent_bytes(team.short, seat, self.ns_steps, self.ns_dtype.itemsize, divided=divided)
-                total[self.owner(item)] += sum(sent)
-        return tuple(total)
+            team, owner = self.team(item), self.owner(item)
+            if team is None:
+                continue
+            seat, divided = team.seat(item.share), team.method.divided
+            sent = band_sent_bytes(team.short, seat, self.ns_steps, self.ns_dtype.itemsize, divided=divided)
+            if nodes is not None and team.method.groups == 1 and len({nodes[rank] for rank in team.ranks}) > 1:
+                # Members anywhere: counted as if none were near.
+                sent = 0, sum(sent)
+            near[owner] += sent[0]
+            far[owner] += sent[1]
+        return tuple(near), tuple(far)
 
     def round_buffer_numel(self, round_index: int) -> list[tuple[int, int]]:
         """For each rank, elements of the two halves of a round's buffer: for what it stores, and for what it owns.

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from megatron_muon.assign import Job, Owners, assign
+from megatron_muon.config import TORCH_DTYPES, MuonConfig
 from megatron_muon.cost_model import CostModel, band_cost, share_costs
 from megatron_muon.matrices import MatrixSpec
 from megatron_muon.ownership import Item, Method, OwnershipPlan, Segment, ShardedMatrix, Slice, Team
@@ -52,6 +53,18 @@ class PlanOptions:
     buffer_bytes: int = 2**30
     node_of: tuple[int, ...] | None = None
     cost: CostModel = field(default_factory=CostModel)
+
+    @classmethod
+    def from_config(cls, muon: MuonConfig, cost: CostModel, node_of: Sequence[int] | None) -> PlanOptions:
+        """The options that a run with these settings plans with."""
+        return cls(
+            ns_dtype=TORCH_DTYPES[muon.ns_dtype],
+            exchange_dtype=TORCH_DTYPES[muon.exchange_dtype],
+            max_team_size=muon.max_team_size,
+            buffer_bytes=muon.exchange_buffer_mb * 2**20,
+            node_of=tuple(node_of) if node_of is not None else None,
+            cost=cost,
+        )
 
 
 def build_plan(

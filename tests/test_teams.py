@@ -309,7 +309,7 @@ def train(
         momentum=momentum,
         teams=[plan.team(item) is not None for item in plan.all_items()],
         shared=sum(len(ranks) > 1 for parts in plan.owners for ranks in parts),
-        team_bytes=(stats.team_bytes_sent, STEPS * plan.team_sent_bytes()[rank]),
+        team_bytes=(stats.team_bytes_sent, STEPS * sum(sent[rank] for sent in plan.team_sent_bytes())),
         sent=(stats.bytes_sent, STEPS * 4 * plan.sent_numel()[rank]),
         collectives=(stats.collectives, STEPS * 2 * len(plan.rounds)),
         team_collectives=(stats.team_collectives, STEPS * sum(map(plan.team_stages, range(len(plan.rounds))))),

@@ -13,7 +13,6 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer, Rang
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from torch import nn
 
-from megatron_muon.config import TORCH_DTYPES
 from megatron_muon.matrices import MatrixSpec
 from megatron_muon.optimizer import MOMENTUM, ShardedMuon
 from megatron_muon.plan import CostModel, PlanOptions, ShardedMatrix, Slice, build_plan
@@ -80,14 +79,7 @@ class MuonDistributedOptimizer(DistributedOptimizer):
             matrices.append(ShardedMatrix(spec, slices))
         device = torch.device(torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         muon = optimizer.muon
-        options = PlanOptions(
-            ns_dtype=TORCH_DTYPES[muon.ns_dtype],
-            exchange_dtype=TORCH_DTYPES[muon.exchange_dtype],
-            max_team_size=muon.max_team_size,
-            buffer_bytes=muon.exchange_buffer_mb * 2**20,
-            node_of=grid.node_of,
-            cost=CostModel.for_device(device.type),
-        )
+        options = PlanOptions.from_config(muon, CostModel.for_device(device.type), grid.node_of)
         plan = build_plan(matrices, grid.tp_ranks, ns_steps=muon.ns_steps, initial_flops=initial_flops, options=options)
         main_slices = self._main_slices()
         index_of = {parameter: index for index, parameter in enumerate(specs)}
