@@ -67,12 +67,20 @@ class MuonConfig:
         },
     )
     batched: bool = field(default=True, metadata={"help": "run Newton-Schulz on stacks of matrices of equal shape"})
+    max_team_size: int = field(
+        default=64, metadata={"help": "most ranks that may share one matrix where that is faster; 1: none share"}
+    )
+    exchange_buffer_mb: int = field(
+        default=1024, metadata={"help": "size in MiB of a round's exchange buffer on a rank; bounds the rounds"}
+    )
 
     def __post_init__(self) -> None:
         for name, annotation in get_type_hints(type(self)).items():
             self._check_type(name, annotation, getattr(self, name))
         self._check(0.0 <= self.momentum < 1.0, "momentum", "in [0, 1)")
         self._check(self.ns_steps >= 1, "ns_steps", "at least 1")
+        self._check(self.max_team_size >= 1, "max_team_size", "at least 1")
+        self._check(self.exchange_buffer_mb >= 1, "exchange_buffer_mb", "at least 1")
         self._check(self.update_rms > 0, "update_rms", "positive")
         self._check(self.extra_scale_factor > 0, "extra_scale_factor", "positive")
         from megatron_muon.newton_schulz import coefficients  # the table knows which sets and steps make sense

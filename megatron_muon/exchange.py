@@ -1,30 +1,50 @@
 """Moves parts between the ranks that store their slices and the ranks that own them, along a plan.
 
-Each round is one all-to-all towards the owners and one back. Every rank of the group takes part in each of them, in
-the plan's order, also with nothing to send.
+Each round is one all-to-all towards the owners and one back, and between the two those of the round's teams, if it has
+any. Every rank of the group takes part in each of them, in the plan's order, also with nothing to send.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
-from megatron_muon.plan import Item, OwnershipPlan, Segment
+from megatron_muon.lockstep import Scratch, Talk, run_lockstep
+from megatron_muon.ownership import Item, OwnershipPlan, Segment
+from megatron_muon.shares import Strip, collected_strips, stored_strips
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A segment and where its elements lie in what this rank has: its slice, or the share it collects."""
+
+    segment: Segment
+    strips: tuple[Strip, ...]
 
 
 @dataclass(frozen=True)
 class _Route:
     """This rank's side of one all-to-all: runs it holds as storage, and runs it holds as owner, in wire order."""
 
-    stored: tuple[Segment, ...]
-    owned: tuple[Segment, ...]
+    stored: tuple[_Run, ...]
+    owned: tuple[_Run, ...]
     stored_splits: tuple[int, ...]
     owned_splits: tuple[int, ...]
+
+    @property
+    def stored_numel(self) -> int:
+        return sum(self.stored_splits)
+
+    @property
+    def owned_numel(self) -> int:
+        return sum(self.owned_splits)
 
 
 @dataclass
@@ -33,21 +53,26 @@ class ExchangeStats:
 
     collectives: int = 0
     bytes_sent: int = 0
+    team_collectives: int = 0
+    team_bytes_sent: int = 0
 
 
 @dataclass
 class _Pending:
-    """An all-to-all under way. Keeps both buffers alive until it has completed."""
+    """An all-to-all under way."""
 
     route: _Route
     received: Tensor
-    sent: Tensor
     work: dist.Work | None
 
 
 @dataclass
 class Exchange:
     """The all-to-alls of one plan over one process group.
+
+    Buffers are made when they are first needed and kept: three for rounds under way, used in turn, each as large as
+    the largest round needs it, and one for the parts that this rank owns in a round. A round's buffer has two halves:
+    what this rank stores, sent in the gather and received in the scatter, and what it owns, the other way round.
 
     Attributes:
         plan: The same on every rank of the group.
@@ -78,32 +103,41 @@ class Exchange:
             if s.rank == self.rank
         }
         self._routes = [(self._route(r, scatter=False), self._route(r, scatter=True)) for r in range(self.num_rounds)]
+        self._stages = [self.plan.team_stages(r) for r in range(self.num_rounds)]
+        self._scratch = Scratch(self.device)
 
     @property
     def num_rounds(self) -> int:
         return len(self.plan.rounds)
 
+    @property
+    def buffer_bytes(self) -> int:
+        """What the buffers of rounds and of collected parts take on this rank, once made."""
+        return sum(buffer.nbytes for name, buffer in self._scratch.buffers.items() if name not in TEAM_BUFFERS)
+
     def _route(self, round_index: int, *, scatter: bool) -> _Route:
-        stored: list[tuple[int, Segment]] = []
-        owned: list[tuple[int, Segment]] = []
+        stored: list[tuple[int, _Run]] = []
+        owned: list[tuple[int, _Run]] = []
         for item in self.plan.items(round_index):
-            owner = self.plan.owners[item.matrix][item.part]
-            for segment in self.plan.segments(item, scatter=scatter):
-                if segment.rank == self.rank:
-                    stored.append((owner, segment))
+            owner, spec, share = self.plan.owner(item), self.plan.spec(item), self.plan.share(item)
+            for run in self.plan.segments(item, scatter=scatter):
+                if run.rank == self.rank:
+                    strips = stored_strips(spec, item.part, share, run.piece, *self._held[item.matrix])
+                    stored.append((owner, _Run(run, tuple(strips))))
                 if owner == self.rank:
-                    owned.append((segment.rank, segment))
+                    strips = collected_strips(spec, item.part, share, run.piece, run.start, run.stop)
+                    owned.append((run.rank, _Run(run, tuple(strips))))
         return _Route(
-            tuple(s for _, s in sorted(stored, key=lambda e: e[0])),
-            tuple(s for _, s in sorted(owned, key=lambda e: e[0])),
+            tuple(run for _, run in sorted(stored, key=lambda e: e[0])),
+            tuple(run for _, run in sorted(owned, key=lambda e: e[0])),
             self._splits(stored),
             self._splits(owned),
         )
 
-    def _splits(self, peers: list[tuple[int, Segment]]) -> tuple[int, ...]:
+    def _splits(self, peers: list[tuple[int, _Run]]) -> tuple[int, ...]:
         splits = [0] * self.plan.world_size
-        for peer, segment in peers:
-            splits[peer] += segment.numel
+        for peer, run in peers:
+            splits[peer] += run.segment.numel
         return tuple(splits)
 
     def start_gather(self, round_index: int, slices: Mapping[int, Tensor]) -> _Pending:
@@ -114,42 +148,69 @@ class Exchange:
             slices: Parameter index -> flat slice, of any floating dtype; it may be reused once this returns.
 
         Returns:
-            What `finish_gather` takes. Collective: every rank of the group must call this in the same order.
+            What `finish_gather` takes. Collective: every rank of the group must call this in the same order, and
+            finish a round's scatter before it starts the gather of the third round after it.
         """
         route = self._routes[round_index][0]
+        stored, owned = self._halves(round_index)
+        send, receive = stored[: route.stored_numel], owned[: route.owned_numel]
         with record_function(f"muon/pack/{round_index}"):
-            send = torch.empty(sum(route.stored_splits), dtype=self.dtype, device=self.device)
             wire, local = self._stored_runs(route, send, slices)
             _copy(wire, local)
-        return self._start("gather", round_index, route, send, route.stored_splits, route.owned_splits)
+        return self._start("gather", round_index, route, send, route.stored_splits, receive, route.owned_splits)
 
     def finish_gather(self, pending: _Pending, dtype: torch.dtype) -> dict[Item, Tensor]:
         """Waits for a gather and puts the parts together.
 
         Returns:
-            For each part this rank owns in the round, a new tensor (TP pieces, rows, cols) of `dtype`.
+            For each item this rank owns in the round, a tensor (rows, cols) of `dtype` as `OwnershipPlan.shape` says.
+            They are valid until the next `finish_gather`.
         """
         received = self._wait(pending)
         with record_function("muon/unpack"):
             parts = self._collected(pending.route, dtype)
-            _copy(*self._owned_runs(pending.route, received, parts, to_wire=False))
+            wire, collected = self._owned_runs(pending.route, received, parts)
+            _copy(collected, wire)
         return parts
 
-    def start_scatter(self, round_index: int, parts: Mapping[Item, Tensor]) -> _Pending:
-        """Packs the parts this rank owns and starts sending every rank its slices.
+    def run_teams(self, round_index: int, talks: Mapping[Item, Talk]) -> dict[Item, Tensor]:
+        """Lets the owners of bands of the same matrix talk until all of a round's teams have finished.
 
         Args:
             round_index: The round.
-            parts: Part -> tensor (TP pieces, rows, cols); all that this rank owns in the round.
+            talks: For each item of a team that this rank owns in the round, its part in it.
+
+        Returns:
+            What the talks returned. Collective: every rank of the group must call this, also one that is in no team.
+        """
+        items = sorted(talks)
+        with record_function(f"muon/teams/{round_index}"):
+            results = run_lockstep(
+                [talks[item] for item in items],
+                [self.plan.owners[item.matrix][item.part] for item in items],
+                self._stages[round_index],
+                self.plan.world_size,
+                self._all_to_all_bytes,
+                self._scratch,
+            )
+        return dict(zip(items, results, strict=True))
+
+    def start_scatter(self, round_index: int, parts: Mapping[Item, Tensor]) -> _Pending:
+        """Packs the items this rank owns and starts sending every rank its slices.
+
+        Args:
+            round_index: The round.
+            parts: Item -> tensor (rows, cols), contiguous; all that this rank owns in the round.
 
         Returns:
             What `finish_scatter` takes. Collective: every rank of the group must call this in the same order.
         """
         route = self._routes[round_index][1]
+        stored, owned = self._halves(round_index)
+        send, receive = owned[: route.owned_numel], stored[: route.stored_numel]
         with record_function(f"muon/pack/{round_index}"):
-            send = torch.empty(sum(route.owned_splits), dtype=self.dtype, device=self.device)
-            _copy(*self._owned_runs(route, send, parts, to_wire=True))
-        return self._start("scatter", round_index, route, send, route.owned_splits, route.stored_splits)
+            _copy(*self._owned_runs(route, send, parts))
+        return self._start("scatter", round_index, route, send, route.owned_splits, receive, route.stored_splits)
 
     def finish_scatter(self, pending: _Pending, slices: Mapping[int, Tensor]) -> None:
         """Waits for a scatter and writes it into `slices` (parameter index -> flat slice), in their dtype."""
@@ -158,6 +219,18 @@ class Exchange:
             wire, local = self._stored_runs(pending.route, received, slices)
             _copy(local, wire)
 
+    def _halves(self, round_index: int) -> tuple[Tensor, Tensor]:
+        """The two halves of a round's buffer: for what this rank stores, and for what it owns."""
+        sizes = [
+            [max(route.stored_numel for route in routes), max(route.owned_numel for route in routes)]
+            for routes in self._routes
+        ]
+        stored, owned = sizes[round_index]
+        largest = max(map(sum, sizes))
+        # Round i is gathered and computed while i - 1 is scattered and i + 1 gathered.
+        buffer = self._scratch.take(f"round {round_index % 3}", largest * self.dtype.itemsize).view(self.dtype)
+        return buffer[:stored], buffer[stored : stored + owned]
+
     def _start(
         self,
         label: str,
@@ -165,18 +238,18 @@ class Exchange:
         route: _Route,
         send: Tensor,
         send_splits: tuple[int, ...],
+        receive: Tensor,
         receive_splits: tuple[int, ...],
     ) -> _Pending:
         if self.plan.world_size == 1:
-            return _Pending(route, send, send, None)
-        received = torch.empty(sum(receive_splits), dtype=self.dtype, device=self.device)
+            return _Pending(route, send, None)
         with record_function(f"muon/{label}/{round_index}"):
             work = dist.all_to_all_single(
-                received, send, list(receive_splits), list(send_splits), group=self.group, async_op=True
+                receive, send, list(receive_splits), list(send_splits), group=self.group, async_op=True
             )
         self.stats.collectives += 1
         self.stats.bytes_sent += (sum(send_splits) - send_splits[self.rank]) * self.dtype.itemsize
-        return _Pending(route, received, send, work)
+        return _Pending(route, receive, work)
 
     @staticmethod
     def _wait(pending: _Pending) -> Tensor:
@@ -185,45 +258,56 @@ class Exchange:
                 pending.work.wait()
         return pending.received
 
+    def _all_to_all_bytes(self, receive: Tensor, send: Tensor, received: list[int], sent: list[int]) -> None:
+        work = dist.all_to_all_single(receive, send, received, sent, group=self.group, async_op=True)
+        self.stats.team_collectives += 1
+        self.stats.team_bytes_sent += sum(sent) - sent[self.rank]
+        # Who gets nothing goes on: the collectives of its rounds may still be under way before this one.
+        if work is not None and any(received):
+            work.wait()
+
     def _stored_runs(
         self, route: _Route, wire: Tensor, slices: Mapping[int, Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Pairs of views, (on the wire, in the slices), for everything this rank stores of a round."""
-        on_wire: list[Tensor] = []
-        local: list[Tensor] = []
-        at = 0
-        for segment in route.stored:
-            spec = self.plan.matrices[segment.item.matrix].spec
-            begin, end = self._held[segment.item.matrix]
-            flat = slices[segment.item.matrix]
-            for start, stop in spec.runs(segment.item.part, begin, end):
-                local.append(flat[start - begin : stop - begin])
-                on_wire.append(wire[at : at + stop - start])
-                at += stop - start
-        return on_wire, local
-
-    def _collected(self, route: _Route, dtype: torch.dtype) -> dict[Item, Tensor]:
-        return {
-            item: torch.empty(
-                self.plan.matrices[item.matrix].spec.part_shape(item.part), dtype=dtype, device=self.device
-            )
-            for item in dict.fromkeys(sorted(segment.item for segment in route.owned))
-        }
+        return _pairs(route.stored, wire, lambda segment: slices[segment.item.matrix])
 
     @staticmethod
-    def _owned_runs(
-        route: _Route, wire: Tensor, parts: Mapping[Item, Tensor], *, to_wire: bool
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """(destinations, sources) of the copies between the wire and the parts this rank owns."""
-        on_wire: list[Tensor] = []
-        in_part: list[Tensor] = []
-        at = 0
-        for segment in route.owned:
-            piece = parts[segment.item][segment.piece].view(-1)
-            in_part.append(piece[segment.start : segment.stop])
-            on_wire.append(wire[at : at + segment.numel])
-            at += segment.numel
-        return (on_wire, in_part) if to_wire else (in_part, on_wire)
+    def _owned_runs(route: _Route, wire: Tensor, parts: Mapping[Item, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Pairs of views, (on the wire, in the collected parts), for everything this rank owns of a round."""
+        return _pairs(route.owned, wire, lambda segment: parts[segment.item].view(-1))
+
+    def _collected(self, route: _Route, dtype: torch.dtype) -> dict[Item, Tensor]:
+        def numel(route: _Route) -> dict[Item, int]:
+            items = dict.fromkeys(sorted(run.segment.item for run in route.owned))
+            return {item: math.prod(self.plan.shape(item)) for item in items}
+
+        largest = max(sum(numel(gather).values()) for gather, _ in self._routes)
+        flat = self._scratch.take("collected", largest * dtype.itemsize).view(dtype)
+        sizes = numel(route)
+        starts = accumulate(sizes.values(), initial=0)
+        return {
+            item: flat[at : at + size].view(self.plan.shape(item))
+            for (item, size), at in zip(sizes.items(), starts, strict=False)
+        }
+
+
+TEAM_BUFFERS = ("send", "receive")
+
+
+def _pairs(
+    runs: Sequence[_Run], wire: Tensor, flat_of: Callable[[Segment], Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    on_wire: list[Tensor] = []
+    elsewhere: list[Tensor] = []
+    at = 0
+    for run in runs:
+        flat = flat_of(run.segment)
+        for strip in run.strips:
+            on_wire.append(wire[at : at + strip.numel].view(strip.shape))
+            elsewhere.append(strip.view(flat))
+            at += strip.numel
+    return on_wire, elsewhere
 
 
 def _copy(destinations: list[Tensor], sources: list[Tensor]) -> None:

@@ -1,8 +1,9 @@
 """What a parameter is made of: the logical matrices that Muon orthogonalizes, and where they lie in it.
 
-A parameter is stored per tensor-parallel (TP) rank as a local 2-D tensor. Its `Part`s are sets of rows of that local
-tensor, each with one owner in the plan: the Q rows of a fused QKV weight, the gate of a fused gated MLP, or all of it.
-A part's rows, joined over the TP ranks, make one logical matrix, or several if the part is cut into blocks (heads).
+A parameter is stored per tensor-parallel (TP) rank as a local 2-D tensor, a piece of the whole. Its `Part`s are sets of
+rows of that local tensor: the Q rows of a fused QKV weight, the gate of a fused gated MLP, or all of it. A part's rows,
+joined over the TP ranks, make the part's *joined matrix*. That is one logical matrix, or it is tiled by several of one
+shape if the part is cut into blocks (heads) or TP pieces are not joined. A `Share` is what one rank collects of it.
 """
 
 from __future__ import annotations
@@ -10,9 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from functools import cached_property
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a parameter's local tensor that one owner orthogonalizes.
+    """Rows of a parameter's local tensor that are orthogonalized together.
 
     Attributes:
         label: Name within the parameter, such as "q"; empty for the only part.
@@ -37,7 +36,7 @@ class Part:
     rows: tuple[tuple[int, int], ...]
     blocks: Blocks | None = None
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         return sum(stop - start for start, stop in self.rows)
 
@@ -113,61 +112,40 @@ class MatrixSpec:
         """Elements of the whole parameter over its TP pieces."""
         return self.local_numel * self.num_pieces
 
-    def part_shape(self, index: int) -> tuple[int, int, int]:
-        """(TP pieces, rows, cols) of the tensor in which the owner collects part `index`."""
-        return self.num_pieces, self.parts[index].num_rows, self.shape[1]
+    def joined_shape(self, index: int) -> tuple[int, int]:
+        """(rows, cols) of part `index`, joined over the TP pieces along the partitioned dimension."""
+        return self._joined(self.parts[index].num_rows, self.shape[1])
+
+    def _joined(self, rows: int, cols: int) -> tuple[int, int]:
+        return (
+            rows * self.num_pieces if self.partition_dim == 0 else rows,
+            cols * self.num_pieces if self.partition_dim == 1 else cols,
+        )
+
+    def tile_shape(self, index: int) -> tuple[int, int]:
+        """(rows, cols) of one logical matrix; the logical matrices of a part tile its joined matrix."""
+        extent = [self.parts[index].num_rows, self.shape[1]]
+        if self.tp_joined:
+            extent = [*self._joined(*extent)]
+        blocks = self.parts[index].blocks
+        if blocks is not None:
+            extent[blocks.dim] = blocks.size
+        return extent[0], extent[1]
 
     def logical_shape(self, index: int) -> tuple[int, int, int]:
         """(count, rows, cols) of the logical matrices of part `index`; a part's are all of one shape."""
-        pieces, *extent = self.part_shape(index)
-        count = 1
-        if not self.tp_joined:
-            count, pieces = pieces, 1
-        blocks = self.parts[index].blocks
-        if blocks is not None:
-            if blocks.dim == self.partition_dim:
-                count, pieces = count * pieces, 1
-            count *= extent[blocks.dim] // blocks.size
-            extent[blocks.dim] = blocks.size
-        if self.partition_dim is not None:
-            extent[self.partition_dim] *= pieces
-        return count, extent[0], extent[1]
+        tiles, (rows, cols) = self.tile_grid(index), self.tile_shape(index)
+        return tiles[0] * tiles[1], rows, cols
 
-    def logical_views(self, index: int, collected: Tensor) -> list[Tensor]:
-        """Views of the logical matrices inside a part that an owner has collected.
-
-        Args:
-            index: The part.
-            collected: (TP pieces, rows, cols) as `part_shape` says.
-
-        Returns:
-            4-D views (row outer, row inner, column outer, column inner). Flattening the first and the last two
-            dimensions gives the logical matrix; writing to a view writes to `collected`.
-        """
-        if not self.tp_joined and collected.shape[0] > 1:
-            return [v for piece in torch.split(collected, 1) for v in self.logical_views(index, piece)]
-        blocks = self.parts[index].blocks
-        pieces = [collected]
-        if blocks is not None:
-            if blocks.dim == self.partition_dim:
-                # A head lies on one TP rank: nothing to join.
-                pieces = list(torch.split(collected, 1))
-            pieces = [block for piece in pieces for block in torch.split(piece, blocks.size, dim=1 + blocks.dim)]
-        if self.partition_dim == 1:
-            # (pieces, rows, cols) -> rows, then columns joined over the pieces.
-            return [p.permute(1, 0, 2).unsqueeze(0) for p in pieces]
-        return [p.unsqueeze(2) for p in pieces]
+    def tile_grid(self, index: int) -> tuple[int, int]:
+        """How many logical matrices lie below and beside each other in the joined matrix of part `index`."""
+        joined, tile = self.joined_shape(index), self.tile_shape(index)
+        return joined[0] // tile[0], joined[1] // tile[1]
 
     def part_offset(self, index: int, flat: int) -> int:
         """How many elements of part `index` lie before position `flat` of the local tensor, flattened."""
         cols = self.shape[1]
         return sum(min(max(flat - start * cols, 0), (stop - start) * cols) for start, stop in self.parts[index].rows)
-
-    def runs(self, index: int, start: int, stop: int) -> list[tuple[int, int]]:
-        """The half-open flat ranges of the local tensor that belong to part `index`, within [start, stop)."""
-        cols = self.shape[1]
-        clipped = ((max(a * cols, start), min(b * cols, stop)) for a, b in self.parts[index].rows)
-        return [(a, b) for a, b in clipped if a < b]
 
 
 def whole(rows: int) -> tuple[Part, ...]:

@@ -9,11 +9,18 @@ import torch
 from torch import Tensor
 
 from megatron_muon.config import TORCH_DTYPES, MuonConfig, scale_factor
+from megatron_muon.lockstep import Talk
 from megatron_muon.newton_schulz import coefficients, orthogonalize
+from megatron_muon.team import Seat, orthogonalize_band
 
 
 def momentum_update(
-    momenta: Sequence[Tensor], gradients: Sequence[Tensor], *, momentum: float, nesterov: bool
+    momenta: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    *,
+    momentum: float,
+    nesterov: bool,
+    out: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """Advances the momentum buffers and returns what is to be orthogonalized.
 
@@ -22,6 +29,9 @@ def momentum_update(
     Args:
         momenta: Buffers of any shape; mutated.
         gradients: Of the same shapes and dtype; not mutated.
+        momentum: Decay.
+        nesterov: Whether to look ahead.
+        out: Where u is written, of the same shapes and dtype; new tensors if None. Not used without Nesterov.
 
     Returns:
         One tensor per buffer. Without Nesterov these are the buffers themselves: read, do not write.
@@ -32,7 +42,9 @@ def momentum_update(
     torch._foreach_add_(list(momenta), list(gradients))
     if not nesterov:
         return list(momenta)
-    directions = list(torch._foreach_mul(list(momenta), momentum))
+    directions = list(out) if out is not None else [torch.empty_like(m) for m in momenta]
+    torch._foreach_copy_(directions, list(momenta))
+    torch._foreach_mul_(directions, momentum)
     torch._foreach_add_(directions, list(gradients))
     return directions
 
@@ -41,24 +53,47 @@ def orthogonalized_updates(views: Sequence[Tensor], config: MuonConfig) -> None:
     """Replaces each logical matrix by its update: Newton-Schulz, then the scale of its own shape.
 
     Args:
-        views: 4-D views (row outer, row inner, column outer, column inner) as `MatrixSpec.logical_views` returns
-            them; mutated. Their dtype is kept; the iterations run in `config.ns_dtype`.
+        views: 2-D, of any strides; mutated. Their dtype is kept; the iterations run in `config.ns_dtype`.
         config: Coefficients, steps, scale and whether matrices of equal shape are stacked.
     """
     schedule = coefficients(config.coefficients, config.ns_steps)
     dtype = TORCH_DTYPES[config.ns_dtype]
     by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
     for view in views:
-        by_shape[view.shape[0] * view.shape[1], view.shape[2] * view.shape[3]].append(view)
+        by_shape[view.shape[0], view.shape[1]].append(view)
     for (rows, cols), group in by_shape.items():
         factor = scale_factor(rows, cols, config)
         for stack in [group] if config.batched else [[view] for view in group]:
-            matrices = [view.reshape(rows, cols).to(dtype) for view in stack]
+            matrices = [view.to(dtype) for view in stack]
             batch = torch.stack(matrices) if len(matrices) > 1 else matrices[0]
             # Scaled in fp32: in bf16 the factor would be rounded before it is applied.
             update = orthogonalize(batch, schedule).float().mul_(factor)
             for view, matrix in zip(stack, update if len(matrices) > 1 else [update], strict=True):
-                view.copy_(matrix.view(view.shape))
+                view.copy_(matrix)
+
+
+def band_update(
+    collected: Tensor, rows: int, cols: int, dim: int, seat: Seat, config: MuonConfig, *, divided: bool
+) -> Talk:
+    """A team member's part of what `orthogonalized_updates` does for one matrix.
+
+    Args:
+        collected: The member's band; mutated when the talk ends.
+        rows: Of the matrix.
+        cols: Of the matrix.
+        dim: 0 if the bands are rows, 1 if they are columns.
+        seat: The member's place in the team.
+        config: Coefficients, steps and scale.
+        divided: Whether the team divides the polynomial.
+
+    Returns:
+        The talk, whose result is `collected`.
+    """
+    wide = collected if dim == 1 else collected.mT
+    schedule = coefficients(config.coefficients, config.ns_steps)
+    update = yield from orthogonalize_band(wide.to(TORCH_DTYPES[config.ns_dtype]), seat, schedule, divided=divided)
+    wide.copy_(update.float().mul_(scale_factor(rows, cols, config)))
+    return collected
 
 
 def apply_updates(parameters: Sequence[Tensor], updates: Sequence[Tensor], *, lr: float, weight_decay: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,9 +14,10 @@ from torch.profiler import record_function
 
 from megatron_muon.config import TORCH_DTYPES, MuonConfig
 from megatron_muon.exchange import Exchange, _Pending
-from megatron_muon.muon import apply_updates, momentum_update, orthogonalized_updates
+from megatron_muon.muon import apply_updates, band_update, momentum_update, orthogonalized_updates
+from megatron_muon.ownership import OwnershipPlan
 from megatron_muon.pipeline import run_rounds
-from megatron_muon.plan import OwnershipPlan
+from megatron_muon.shares import logical_views
 
 MOMENTUM = "momentum_buffer"
 
@@ -26,7 +28,8 @@ class ShardedMuon(torch.optim.Optimizer):
     One step, on every rank of the group:
       1. momentum, element-wise on this rank's slices;
       2. gather: one all-to-all a round takes the slices to the owner of each matrix;
-      3. the owner puts its matrices together, runs Newton-Schulz once on each, and scales;
+      3. the owner puts its matrices together, runs Newton-Schulz once on each, and scales; the owners of bands of one
+         matrix do it together, with all-to-alls of products on its short side;
       4. scatter: one all-to-all a round takes the updates back to the slices;
       5. weight decay and update, element-wise on this rank's slices.
     Rounds overlap: see `pipeline`.
@@ -40,7 +43,8 @@ class ShardedMuon(torch.optim.Optimizer):
         weight_decay: Decoupled weight decay of groups without one.
         config: Everything else.
 
-    State: `momentum_buffer` for each slice, fp32, of the slice's shape. Nothing else persists between steps.
+    State: `momentum_buffer` for each slice, fp32, of the slice's shape, and nothing else. Buffers of the exchange are
+    kept from step to step but are no state.
 
     Raises:
         ValueError: If `lr` or `weight_decay` is negative.
@@ -78,8 +82,11 @@ class ShardedMuon(torch.optim.Optimizer):
             device: Of the exchange buffers; also a rank that stores nothing takes part in the exchange.
 
         Raises:
+            ValueError: If the plan was made for another number of Newton-Schulz steps.
             RuntimeError: On every rank, if the ranks' plans differ or a rank's slices do not fit the plan.
         """
+        if plan.ns_steps != self.muon.ns_steps:
+            raise ValueError(f"bind: the plan was made for {plan.ns_steps} ns_steps, expected {self.muon.ns_steps}")
         rank = dist.get_rank(group) if dist.is_initialized() else 0
         problem = _slices_problem(plan, rank, slices, [p for g in self.param_groups for p in g["params"]])
         _compare_over_ranks(plan.fingerprint, problem, group)
@@ -128,6 +135,12 @@ class _Binding:
     exchange: Exchange
     slices: dict[int, Tensor]
 
+    @cached_property
+    def scratch(self) -> Tensor:
+        """fp32, for the directions or the updates of this rank's slices in any one round."""
+        sizes = (sum(self.slices[i].numel() for i in r if i in self.slices) for r in self.exchange.plan.rounds)
+        return torch.empty(max(sizes, default=0), dtype=torch.float32, device=self.exchange.device)
+
 
 @dataclass
 class _Step:
@@ -150,6 +163,12 @@ class _Step:
         members = self.bound.exchange.plan.rounds[round_index]
         return {index: self.bound.slices[index] for index in members if index in self.bound.slices}
 
+    def _scratch(self, slices: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """A place for what belongs to a round's slices; the next round's takes its place."""
+        sizes = [p.numel() for p in slices.values()]
+        runs = torch.split(self.bound.scratch[: sum(sizes)], sizes) if sizes else ()
+        return dict(zip(slices, runs, strict=True))
+
     def prepare(self, round_index: int) -> _Pending:
         muon, state = self.optimizer.muon, self.optimizer.state
         slices = self._in_round(round_index)
@@ -159,18 +178,36 @@ class _Step:
                 [_gradient(p) for p in slices.values()],
                 momentum=muon.momentum,
                 nesterov=muon.nesterov,
+                out=list(self._scratch(slices).values()),
             )
         return self.bound.exchange.start_gather(round_index, dict(zip(slices, directions, strict=True)))
 
     def compute(self, round_index: int, gathered: _Pending) -> _Pending:
         exchange, muon = self.bound.exchange, self.optimizer.muon
+        plan = exchange.plan
         parts = exchange.finish_gather(gathered, torch.float32)
+        teams = {item: team for item in parts if (team := plan.team(item)) is not None}
+        talks = {
+            item: band_update(
+                parts[item],
+                team.rows,
+                team.cols,
+                plan.share(item).dim,
+                team.seat(item.share),
+                muon,
+                divided=team.method.divided,
+            )
+            for item, team in teams.items()
+        }
+        # First: the members of a team start together, right after the gather.
+        exchange.run_teams(round_index, talks)
         with record_function(f"muon/newton_schulz/{round_index}"):
             orthogonalized_updates(
                 [
                     view
                     for item, collected in parts.items()
-                    for view in exchange.plan.matrices[item.matrix].spec.logical_views(item.part, collected)
+                    if item not in teams
+                    for view in logical_views(plan.spec(item), item.part, collected)
                 ],
                 muon,
             )
@@ -178,7 +215,7 @@ class _Step:
 
     def finalize(self, round_index: int, scattered: _Pending) -> None:
         slices = self._in_round(round_index)
-        updates = {index: torch.empty_like(p) for index, p in slices.items()}
+        updates = self._scratch(slices)
         self.bound.exchange.finish_scatter(scattered, updates)
         with record_function(f"muon/apply/{round_index}"):
             by_group: dict[int, list[int]] = {}

@@ -8,6 +8,7 @@ our own is needed.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 
@@ -33,8 +34,8 @@ class Rounds[Pending](Protocol):
 def run_rounds[Pending](rounds: Rounds[Pending]) -> None:
     """Runs all rounds. Collective over the ranks that share the plan.
 
-    At most two gathers and two scatters are alive at a time, which bounds the extra memory to two rounds' buffers in
-    each direction.
+    At most two gathers and two scatters are alive at a time, and round i is finalized before round i + 3 is prepared:
+    three buffers in turn are enough.
     """
     count = rounds.num_rounds
     gathers: dict[int, Pending] = {}
@@ -48,3 +49,39 @@ def run_rounds[Pending](rounds: Rounds[Pending]) -> None:
             scatters[i] = rounds.compute(i, gathers.pop(i))
         if i - 1 in scatters:
             rounds.finalize(i - 1, scatters.pop(i - 1))
+
+
+Span = tuple[float, float]
+"""Begin and end, in seconds."""
+
+
+def hidden_share(in_flight: Iterable[Span], waiting: Iterable[Span]) -> float:
+    """The share of an exchange's time that its rank spent on other things than waiting for it.
+
+    Args:
+        in_flight: For each collective, from its issue to its completion. They may overlap.
+        waiting: When the rank stood still until a collective had completed. They may overlap.
+
+    Returns:
+        One minus the time in which both hold over the time in which anything is in flight: 1 if no time is lost.
+
+    Raises:
+        ValueError: If nothing was in flight.
+    """
+    flights, waits = _union(in_flight), _union(waiting)
+    total = sum(stop - start for start, stop in flights)
+    if total <= 0:
+        raise ValueError("hidden_share: got no collective that took time, expected at least one")
+    exposed = sum(max(min(a[1], b[1]) - max(a[0], b[0]), 0.0) for a in flights for b in waits)
+    return 1.0 - exposed / total
+
+
+def _union(spans: Iterable[Span]) -> list[Span]:
+    """The same times as spans that do not overlap."""
+    out: list[Span] = []
+    for start, stop in sorted(spans):
+        if out and start <= out[-1][1]:
+            out[-1] = (out[-1][0], max(out[-1][1], stop))
+        else:
+            out.append((start, stop))
+    return out

@@ -17,8 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 # From the bottom up. A unit is a module or a subpackage of the package; it may import units of lower layers only.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("newton_schulz",),
-    ("config", "matrices"),
-    ("muon", "reference"),
+    ("config", "matrices", "lockstep", "rounds"),
+    ("shares", "team"),
+    ("muon", "reference", "cost_model"),
+    ("assign", "ownership"),
     ("plan",),
     ("exchange",),
     ("pipeline",),

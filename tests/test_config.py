@@ -27,6 +27,9 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("nesterov", 1, "expected bool"),
     ("nesterov", None, "expected bool"),
     ("coefficients", 5, "expected str"),
+    ("max_team_size", 0, "expected at least 1"),
+    ("max_team_size", 2.0, "expected int"),
+    ("exchange_buffer_mb", 0, "expected at least 1"),
     ("ns_steps", 0, "expected at least 1"),
     ("ns_steps", -3, "expected at least 1"),
     ("ns_steps", 5.0, "expected int"),
@@ -208,6 +211,8 @@ OTHER_VALUES: dict[str, Any] = dict(
     router="adam",
     tp_mode="blockwise",
     batched=False,
+    max_team_size=1,
+    exchange_buffer_mb=64,
 )
 
 

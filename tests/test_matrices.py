@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from megatron_muon.matrices import Blocks, MatrixSpec, Part, gated, interleaved, whole
+from megatron_muon.shares import logical_views, share_run, share_shape, shares, stored_strips
 
 EXAMPLES = settings(max_examples=200, deadline=None, derandomize=True)
 
@@ -42,10 +44,14 @@ class Numbered:
     def part_rows(self, index: int) -> list[int]:
         return [row for start, stop in self.spec.parts[index].rows for row in range(start, stop)]
 
-    def collected(self, index: int) -> Tensor:
-        """What the owner of a part collects: the part's rows of each piece."""
+    def pieces(self, index: int) -> list[Tensor]:
+        """The part's rows of each piece."""
         pieces = range(1 if self.spec.partition_dim is None else self.spec.tp_size)
-        return torch.stack([self.local(piece)[self.part_rows(index)] for piece in pieces])
+        return [self.local(piece)[self.part_rows(index)] for piece in pieces]
+
+    def collected(self, index: int) -> Tensor:
+        """What the owner of a part collects: the part's rows of each piece, joined along the partitioned dimension."""
+        return torch.cat(self.pieces(index), dim=self.spec.partition_dim or 0)
 
     def logical(self, index: int) -> list[Tensor]:
         """The logical matrices of a part, cut from the whole parameter."""
@@ -108,11 +114,6 @@ def numbered(draw: st.DrawFn) -> Numbered:
     )
 
 
-def flattened(view: Tensor) -> Tensor:
-    assert view.dim() == 4
-    return view.reshape(view.shape[0] * view.shape[1], view.shape[2] * view.shape[3])
-
-
 def in_order(matrices: list[Tensor]) -> list[list[list[int]]]:
     """The matrices as lists, in an order that does not depend on who made them."""
     return sorted(matrix.tolist() for matrix in matrices)
@@ -124,11 +125,14 @@ def test_logical_views_are_the_logical_matrices(case: Numbered) -> None:
     spec = case.spec
     for index in range(len(spec.parts)):
         collected = case.collected(index)
-        assert spec.part_shape(index) == tuple(collected.shape)
-        views = spec.logical_views(index, collected)
+        assert spec.joined_shape(index) == tuple(collected.shape)
+        (everything,) = shares(spec, index, 1)
+        assert share_shape(spec, index, everything) == tuple(collected.shape)
+        views = logical_views(spec, index, collected)
         expected = case.logical(index)
-        assert in_order([flattened(v) for v in views]) == in_order(expected)
+        assert in_order(views) == in_order(expected)
         count, rows, cols = spec.logical_shape(index)
+        assert spec.tile_shape(index) == (rows, cols) and math.prod(spec.tile_grid(index)) == count
         assert len(views) == count
         assert {tuple(matrix.shape) for matrix in expected} == {(rows, cols)}
 
@@ -138,7 +142,7 @@ def test_logical_views_are_the_logical_matrices(case: Numbered) -> None:
 def test_logical_views_share_the_parts_memory(case: Numbered) -> None:
     for index in range(len(case.spec.parts)):
         collected = case.collected(index)
-        views = case.spec.logical_views(index, collected)
+        views = logical_views(case.spec, index, collected)
         matrix_of = torch.full((case.whole.numel(),), -1)
         for number, view in enumerate(views):
             matrix_of[view] = number
@@ -150,25 +154,28 @@ def test_logical_views_share_the_parts_memory(case: Numbered) -> None:
 
 @EXAMPLES
 @given(numbered(), st.data())
-def test_runs_and_offsets_of_a_flat_range(case: Numbered, data: st.DataObject) -> None:
+def test_strips_and_offsets_of_a_flat_range(case: Numbered, data: st.DataObject) -> None:
+    """Where the elements of a slice lie in it, part by part; shares that are no whole parts are tested in test_plan."""
     spec = case.spec
     start = data.draw(st.integers(0, spec.local_numel))
     stop = data.draw(st.integers(start, spec.local_numel))
     covered = []
     for index in range(len(spec.parts)):
         rows = set(case.part_rows(index))
-        runs = spec.runs(index, start, stop)
-        positions = [i for a, b in runs for i in range(a, b)]
-        assert positions == [i for i in range(start, stop) if i // spec.shape[1] in rows]
-        assert all(a < b for a, b in runs)
-        covered += positions
-        before = [i for i in range(start) if i // spec.shape[1] in rows]
-        assert spec.part_offset(index, start) == len(before)
-        # A piece of the part, flattened, is its runs in a row: a slice lies at [offset(start), offset(stop)) of it.
+        (everything,) = shares(spec, index, 1)
         for piece in range(spec.num_pieces):
-            inside = case.collected(index)[piece].flatten()
-            inside = inside[spec.part_offset(index, start) : spec.part_offset(index, stop)]
+            strips = stored_strips(spec, index, everything, piece, start, stop)
+            assert all(strip.numel for strip in strips)
+            positions = [int(i) for s in strips for i in s.view(torch.arange(start, stop)).flatten()]
+            assert positions == [i for i in range(start, stop) if i // spec.shape[1] in rows]
+            before = [i for i in range(start) if i // spec.shape[1] in rows]
+            assert spec.part_offset(index, start) == len(before)
+            # A piece of the part, flattened, is its runs in a row: a slice lies at [offset(start), offset(stop)) of it.
+            first, last = spec.part_offset(index, start), spec.part_offset(index, stop)
+            assert share_run(spec, index, everything, piece, start, stop) == (first, last)
+            inside = case.pieces(index)[piece].flatten()[first:last]
             assert torch.equal(inside, case.local(piece).flatten()[positions])
+        covered += positions
     assert sorted(covered) == list(range(start, stop))
 
 
@@ -177,7 +184,7 @@ def test_runs_and_offsets_of_a_flat_range(case: Numbered, data: st.DataObject) -
 def test_sizes(case: Numbered) -> None:
     spec = case.spec
     pieces = {tuple(case.local(t).flatten().tolist()) for t in range(spec.tp_size)}
-    assert spec.num_pieces == len(pieces) == len(case.collected(0))
+    assert spec.num_pieces == len(pieces) == len(case.pieces(0))
     assert spec.replicated == (spec.tp_size > len(pieces))
     assert spec.local_numel == case.local(0).numel()
     assert spec.numel == case.whole.numel()
@@ -197,10 +204,10 @@ def test_gate_and_up_under_tensor_parallelism() -> None:
     """Each TP rank stores [gate; up], so the whole gate is no contiguous block of the gathered parameter."""
     spec = MatrixSpec("fc1", (4, 2), 2, 0, gated("fc1", 4))
     case = Numbered(spec)
-    (gate,) = spec.logical_views(0, case.collected(0))
-    (up,) = spec.logical_views(1, case.collected(1))
-    assert flattened(gate).tolist() == [[0, 1], [2, 3], [8, 9], [10, 11]]
-    assert flattened(up).tolist() == [[4, 5], [6, 7], [12, 13], [14, 15]]
+    (gate,) = logical_views(spec, 0, case.collected(0))
+    (up,) = logical_views(spec, 1, case.collected(1))
+    assert gate.tolist() == [[0, 1], [2, 3], [8, 9], [10, 11]]
+    assert up.tolist() == [[4, 5], [6, 7], [12, 13], [14, 15]]
 
 
 @pytest.mark.parametrize(

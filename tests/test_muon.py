@@ -154,25 +154,20 @@ def test_every_operation_rounds_once() -> None:
         assert same_bits(got, torch.from_numpy(expected))
 
 
-def views_of(*matrices: Tensor) -> list[Tensor]:
-    """Matrices as the 4-D views that `MatrixSpec.logical_views` gives."""
-    return [m.unsqueeze(0).unsqueeze(2) for m in matrices]
-
-
 def test_orthogonalized_updates_are_newton_schulz_times_the_scale() -> None:
-    """Of the flattened views: rows come from (outer, inner), and so do columns. Other elements are left alone."""
-    storage = normal(1, 2, 12, 10)
-    tall, wide = storage[:, :6, :5].unsqueeze(2), storage[:, 6:9, 5:].permute(1, 0, 2).unsqueeze(0)
-    inputs = [v.reshape(v.shape[0] * v.shape[1], v.shape[2] * v.shape[3]).clone() for v in (tall, wide)]
+    """Of views of any strides. Other elements are left alone."""
+    storage = normal(1, 24, 10)
+    tall, wide = storage[:12, :5], storage[13:23, 5:8].mT
+    inputs = [view.clone() for view in (tall, wide)]
     assert [tuple(m.shape) for m in inputs] == [(12, 5), (3, 10)]
     before = storage.clone()
     orthogonalized_updates([tall, wide], FP32)
     schedule = coefficients("keller", 5)
     for view, matrix in zip((tall, wide), inputs, strict=True):
         expected = orthogonalize(matrix, schedule) * (0.2 * math.sqrt(max(matrix.shape)))
-        assert same_bits(view.reshape(matrix.shape), expected)
+        assert same_bits(view.contiguous(), expected)
     touched = torch.zeros_like(storage, dtype=torch.bool)
-    touched[:, :6, :5] = touched[:, 6:9, 5:] = True
+    touched[:12, :5] = touched[13:23, 5:8] = True
     assert torch.equal(storage[~touched], before[~touched])
     assert not torch.isclose(storage[touched], before[touched]).any()
 
@@ -191,8 +186,8 @@ def test_batched_equals_unbatched(coefficient_set: str, steps: int) -> None:
     shapes = [(9, 30), (30, 9), (16, 256), (9, 30), (7, 25), (1, 7), (16, 256), (30, 9), (9, 30), (7, 25)]
     matrices = [normal(seed, *shape) for seed, shape in enumerate(shapes)]
     batched, single = [m.clone() for m in matrices], [m.clone() for m in matrices]
-    orthogonalized_updates(views_of(*batched), config)
-    orthogonalized_updates(views_of(*single), dataclasses.replace(config, batched=False))
+    orthogonalized_updates(batched, config)
+    orthogonalized_updates(single, dataclasses.replace(config, batched=False))
     for a, b in zip(batched, single, strict=True):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
@@ -201,9 +196,9 @@ def test_unbatched_does_not_depend_on_the_other_matrices() -> None:
     config = dataclasses.replace(FP32, batched=False)
     matrices = [normal(seed, 8, 20) for seed in range(3)]
     together = [m.clone() for m in matrices]
-    orthogonalized_updates(views_of(*together), config)
+    orthogonalized_updates(together, config)
     for matrix, expected in zip(matrices, together, strict=True):
-        orthogonalized_updates(views_of(matrix), config)
+        orthogonalized_updates([matrix], config)
         assert same_bits(matrix, expected)
 
 
@@ -211,14 +206,14 @@ def test_unbatched_does_not_depend_on_the_other_matrices() -> None:
 def test_nan_in_one_matrix_stays_there(batched: bool) -> None:
     matrices = [normal(seed, 6, 6) for seed in range(3)]
     matrices[1][2, 3] = math.nan
-    orthogonalized_updates(views_of(*matrices), dataclasses.replace(FP32, batched=batched))
+    orthogonalized_updates(matrices, dataclasses.replace(FP32, batched=batched))
     assert [bool(m.isnan().any()) for m in matrices] == [False, True, False]
 
 
 def test_iterations_run_in_ns_dtype_and_the_scale_does_not() -> None:
     matrix = normal(1, 16, 24)
     expected = orthogonalize(matrix.bfloat16(), coefficients("keller", 5)).float() * (0.2 * math.sqrt(24))
-    orthogonalized_updates(views_of(matrix), MuonConfig(ns_dtype="bf16"))
+    orthogonalized_updates([matrix], MuonConfig(ns_dtype="bf16"))
     assert matrix.dtype == torch.float32 and same_bits(matrix, expected)
     # Had the product been rounded to bf16, every element would be representable in it.
     assert not torch.equal(matrix, matrix.bfloat16().float())
@@ -237,8 +232,8 @@ def test_update_does_not_depend_on_the_gradients_scale(ns_dtype: Any, exponent: 
     """Gradients of 1e-6 are common, and gradient clipping scales them at will; powers of two even keep every bit."""
     config = MuonConfig(ns_dtype=ns_dtype)
     expected, scaled = normal(1, 16, 24), normal(1, 16, 24) * 2.0**exponent
-    orthogonalized_updates(views_of(expected), config)
-    orthogonalized_updates(views_of(scaled), config)
+    orthogonalized_updates([expected], config)
+    orthogonalized_updates([scaled], config)
     assert same_bits(scaled, expected)
 
 
@@ -253,7 +248,7 @@ def test_every_coefficient_set_that_a_config_takes_orthogonalizes(coefficient_se
     """Its update is near 0.2 * sqrt(24) U V^T; keller's singular values are the farthest off, down to 0.68."""
     steps = {"deepseek_v4": 10, "aol": 4}.get(coefficient_set, 5)
     matrix = normal(1, 8, 24)
-    orthogonalized_updates(views_of(matrix), MuonConfig(coefficients=coefficient_set, ns_steps=steps, ns_dtype="fp32"))
+    orthogonalized_updates([matrix], MuonConfig(coefficients=coefficient_set, ns_steps=steps, ns_dtype="fp32"))
     sigma = torch.linalg.svdvals(matrix) / (0.2 * math.sqrt(24))
     assert sigma.min() > 0.68 and sigma.max() < 1.14
 
@@ -290,7 +285,7 @@ def test_update_rms(rows: int, cols: int, update_rms: float) -> None:
     matrix = normal(rows, rows, cols)
     sigma = torch.linalg.svdvals(matrix.double())
     p = polynomial(sigma / sigma.norm())
-    orthogonalized_updates(views_of(matrix), MuonConfig(ns_dtype="fp32", update_rms=update_rms))
+    orthogonalized_updates([matrix], MuonConfig(ns_dtype="fp32", update_rms=update_rms))
     rms = matrix.double().square().mean().sqrt().item()
     # fp32 iterations: a few hundred roundings of 2^-24 in sums of this length.
     assert rms == pytest.approx(update_rms * p.square().mean().sqrt().item(), rel=1e-5)

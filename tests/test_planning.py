@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.newton_schulz import newton_schulz_flops
+from megatron_muon.plan import CostModel
 from megatron_muon.planning.buffers import default_bucket_size, layer_wise_buffer
 from megatron_muon.planning.estimates import (
     MOONLIGHT,
@@ -37,6 +39,11 @@ TINY = {
     "other_parameters": 100,
     "layers": [{"matrices": [{"name": "a", "shape": [64, 32]}, {"name": "b", "shape": [32, 16]}]}],
 }
+
+
+def cost_of(rows: int, cols: int) -> int:
+    """What the default settings' five steps in bf16 cost."""
+    return newton_schulz_flops(rows, cols, 5, dtype=torch.bfloat16)
 
 
 def estimate(plan: Any, scheme: str, stage: int = 0) -> SchemeEstimate:
@@ -186,7 +193,14 @@ def test_plans_are_the_plugins() -> None:
     results = run_ranks(plans_of_real_runs, 4)
     for index, (_, config, sizes, ddp) in enumerate(RUNS):
         layout = Layout(**sizes)
-        settings = Settings(impl="local", overlap_grad_reduce=bool(ddp), bucket_size=ddp.get("bucket_size"))
+        # The runs are on CPUs of one host.
+        settings = Settings(
+            impl="local",
+            overlap_grad_reduce=bool(ddp),
+            bucket_size=ddp.get("bucket_size"),
+            cost=CostModel.for_device("cpu"),
+            gpus_per_node=4,
+        )
         model = model_from_config("test", config, "test")
         counts = split_layers(len(model.layers), layout)
         ranks_per_stage = 4 // layout.pp
@@ -221,11 +235,12 @@ def test_loads_and_bytes_are_the_plans(settings: Settings) -> None:
         assert load.flops == plan.rank_flops
         padding = 6 * buffer.padding_numel * (grid.dp - 1) / grid.dp
         assert load.sent_bytes == tuple(n * element_size + padding for n in plan.sent_numel())
+        assert load.team_bytes == tuple(near + far for near, far in zip(*plan.team_sent_bytes(), strict=True))
     # The planner's own count, seen where one rank has everything.
     alone = Layout(tp=1)
     ((specs, grid),) = stage_kinds(model.layers[:2], alone, settings)
     ((_, _, plan),) = stage_plans([(specs, grid)], settings, None)
-    assert sum(matrix_flops(s, settings.muon.ns_steps) for s in specs) == sum(plan.rank_flops)
+    assert sum(matrix_flops(s, settings.muon) for s in specs) == sum(plan.rank_flops)
 
 
 # Numbers
@@ -241,7 +256,7 @@ def test_tiny_model_by_hand() -> None:
     plan = plan_model(model_from_shapes("tiny", TINY, "test"), Layout(dp=2))
     assert plan.model.numel == 2048 + 512 + 100
     (stage,) = plan.stages
-    cost_a, cost_b = newton_schulz_flops(64, 32, 5), newton_schulz_flops(32, 16, 5)
+    cost_a, cost_b = cost_of(64, 32), cost_of(32, 16)
     assert (stage.num_logical_matrices, stage.param_numel) == (2, (2560, 0))
     assert stage.ideal_flops == (cost_a + cost_b) / 2
     assert stage.adamw_bytes == 2560 * (4 + 2) / 2
@@ -277,7 +292,7 @@ def test_dense_matrices_go_where_experts_left_room() -> None:
     dense = [{"name": name, "shape": [64, 32]} for name in ("a", "b")]
     shapes = {"layers": [{"matrices": [*dense, expert]}]}
     plan = plan_model(model_from_shapes("tiny", shapes, "test"), Layout(dp=4, ep=2))
-    cost, expert_cost = newton_schulz_flops(64, 32, 5), newton_schulz_flops(64, 64, 5)
+    cost, expert_cost = cost_of(64, 32), cost_of(64, 64)
     assert estimate(plan, OURS).flops == (expert_cost, expert_cost, cost, cost)
     # Upstream packs by size, each kind on its own: its ranks 0 and 1 have both.
     assert estimate(plan, UPSTREAM).flops == (expert_cost + cost, expert_cost + cost, 0, 0)
@@ -287,7 +302,7 @@ def test_tensor_parallel_gathers_by_hand() -> None:
     """One 64 x 32 matrix in two row pieces on tp 2, dp 1: nothing to reduce, two pieces of 1024 to bring together."""
     shapes = {"layers": [{"matrices": [{"name": "a", "shape": [64, 32], "split": "rows"}]}]}
     plan = plan_model(model_from_shapes("tiny", shapes, "test"), Layout(tp=2))
-    cost = newton_schulz_flops(64, 32, 5)
+    cost = cost_of(64, 32)
     assert plan.stages[0].adamw_bytes == 0
     # The owner gets 1024 elements and sends as many back.
     assert sorted(estimate(plan, OURS).flops) == [0, cost]
@@ -339,6 +354,22 @@ def test_upstreams_slowest_rank(
     bucket_size = default_bucket_size(layout.dp) if bucketed else None
     load = layer_wise(dense, grids(layout)[0], settings, bucket_size, flops)
     assert max(load.flops) / (sum(flops) / len(load.flops)) == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes"),
+    [
+        ("llama3-405b", dict(dp=16, tp=8, pp=16)),
+        ("moonlight-16b", dict(dp=256, pp=4, ep=8)),
+    ],
+)
+def test_teams_even_out_large_grids(model: str, sizes: dict[str, int]) -> None:
+    """Few matrices for many ranks: shared by the ranks of a node, the slowest rank is within 1.5 of the ideal."""
+    plan = plan_model(load_model(model), Layout(**sizes))
+    alone = plan_model(load_model(model), Layout(**sizes), Settings(muon=MuonConfig(max_team_size=1)))
+    for shared, single in zip(plan.stages, alone.stages, strict=True):
+        assert max(estimate(plan, OURS).team_bytes) > 0 == max(estimate(alone, OURS).team_bytes)
+        assert (shared.imbalance(OURS) or 0.0) <= 1.5 < (single.imbalance(OURS) or 0.0)
 
 
 @pytest.mark.parametrize(

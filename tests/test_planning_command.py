@@ -42,6 +42,7 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scheme = {
         "flops": {"max": "float", "mean": "float", "max_over_ideal": "float"},
         "sent_bytes": range_of,
+        "team_bytes": range_of,
         "momentum_bytes": {"mean": "float", "max": "int"},
         "buffer_bytes": "int",
         "padding": {"dense": "float", "expert": "float"},

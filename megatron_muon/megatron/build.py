@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -199,8 +200,10 @@ class _Builder:
             return self._grids[expert]
         dp_group = self.groups["intra_expt_dp_group" if expert else "intra_dp_cp_group"]
         own_groups = (self._tp_group(expert), dp_group)
-        layouts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(layouts, tuple(tuple(dist.get_process_group_ranks(g)) for g in own_groups))
+        gathered: list[Any] = [None] * dist.get_world_size()
+        own_layout = tuple(tuple(dist.get_process_group_ranks(g)) for g in own_groups)
+        dist.all_gather_object(gathered, (own_layout, platform.node()))
+        layouts, hosts = [layout for layout, _ in gathered], [host for _, host in gathered]
 
         def members(dp_ranks: tuple[int, ...]) -> dict[int, tuple[int, int]]:
             return {
@@ -215,8 +218,13 @@ class _Builder:
             for ranks in sorted({tuple(sorted(members(dp_ranks))) for _, dp_ranks in layouts})
         }
         group = made[tuple(sorted(own))]
-        order = [own[rank] for rank in dist.get_process_group_ranks(group)]
-        self._grids[expert] = Grid(group, tuple(dp for dp, _ in order), tuple(tp for _, tp in order))
+        ranks = dist.get_process_group_ranks(group)
+        self._grids[expert] = Grid(
+            group,
+            dp_ranks=tuple(own[rank][0] for rank in ranks),
+            tp_ranks=tuple(own[rank][1] for rank in ranks),
+            node_of=tuple(hosts.index(hosts[rank]) for rank in ranks),
+        )
         return self._grids[expert]
 
     def _flops_by_dense_rank(self, expert: MuonDistributedOptimizer) -> tuple[float, ...]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from megatron_muon.matrices import MatrixSpec
 from megatron_muon.optimizer import MOMENTUM, ShardedMuon
-from megatron_muon.plan import ShardedMatrix, Slice, build_plan
+from megatron_muon.plan import CostModel, PlanOptions, ShardedMatrix, Slice, build_plan
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,13 @@ class Grid:
         group: The process group over all of them.
         dp_ranks: For each rank of `group`, its data-parallel rank.
         tp_ranks: For each rank of `group`, its tensor-parallel rank.
+        node_of: For each rank of `group`, a number of the node it runs on; None if that is not known.
     """
 
     group: dist.ProcessGroup
     dp_ranks: tuple[int, ...]
     tp_ranks: tuple[int, ...]
+    node_of: tuple[int, ...] | None = None
 
     @cached_property
     def rank_at(self) -> dict[tuple[int, int], int]:
@@ -75,14 +77,17 @@ class MuonDistributedOptimizer(DistributedOptimizer):
                 for tp_rank in range(spec.tp_size)
             )
             matrices.append(ShardedMatrix(spec, slices))
-        plan = build_plan(matrices, grid.tp_ranks, ns_steps=optimizer.muon.ns_steps, initial_flops=initial_flops)
+        device = torch.device(torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        muon = optimizer.muon
+        options = PlanOptions.from_config(muon, CostModel.for_device(device.type), grid.node_of)
+        plan = build_plan(matrices, grid.tp_ranks, ns_steps=muon.ns_steps, initial_flops=initial_flops, options=options)
         main_slices = self._main_slices()
         index_of = {parameter: index for index, parameter in enumerate(specs)}
         optimizer.bind(
             plan,
             grid.group,
             {index_of[parameter]: main for parameter, main in main_slices.items()},
-            torch.device(torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"),
+            device,
         )
 
     def _ranges_by_dp_rank(self) -> dict[nn.Parameter, dict[int, tuple[int, int]]]:

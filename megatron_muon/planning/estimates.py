@@ -39,6 +39,7 @@ class SchemeEstimate:
     Attributes:
         flops: Newton-Schulz FLOPs of each rank.
         sent_bytes: Bytes that each rank sends beyond AdamW's reduce-scatter and all-gather.
+        team_bytes: Bytes that each rank sends to those with whom it orthogonalizes a matrix, besides.
         momentum_bytes: Momentum on each rank.
         buffer_bytes: Gradient and parameter buffers of Muon's parameters, the same on each rank.
         padding: Padding of the dense and of the expert buffer over their parameters; None where there are none.
@@ -47,6 +48,7 @@ class SchemeEstimate:
 
     flops: tuple[float, ...]
     sent_bytes: tuple[float, ...]
+    team_bytes: tuple[float, ...]
     momentum_bytes: tuple[int, ...]
     buffer_bytes: int
     padding: tuple[float | None, float | None]
@@ -185,7 +187,7 @@ def _estimate_stage(
     numels = [0, 0]
     for specs, grid in kinds:
         numels[grid.expert] = sum(s.local_numel for s in specs)
-    once = sum(grid.ep * matrix_flops(s, settings.muon.ns_steps) for specs, grid in kinds for s in specs)
+    once = sum(grid.ep * matrix_flops(s, settings.muon) for specs, grid in kinds for s in specs)
     adamw = [(adamw_sent_bytes(numels[grid.expert], grid, settings), grid) for _, grid in kinds]
     return StageEstimate(
         stages=stages,
@@ -248,6 +250,7 @@ def _combine(loads: Sequence[tuple[Grid, Load]], settings: Settings) -> SchemeEs
     return SchemeEstimate(
         flops=total(lambda load: load.flops),
         sent_bytes=total(lambda load: load.sent_bytes),
+        team_bytes=total(lambda load: load.team_bytes),
         momentum_bytes=total(lambda load: load.momentum_bytes),
         buffer_bytes=sum(load.buffer.numel for _, load in loads) * (settings.grad_bytes + PARAM_BYTES),
         padding=(padding[0], padding[1]),

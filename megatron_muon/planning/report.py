@@ -104,6 +104,7 @@ def _lines(stage: StageEstimate) -> list[tuple[str, list[str]]]:
         line("most loaded / ideal", lambda e: f"{e.flops_max / stage.ideal_flops:.2f}"),
         line(f"sent beyond AdamW's {_bytes(stage.adamw_bytes)}: mean", lambda e: of_adamw(mean(e.sent_bytes))),
         line("sent beyond AdamW's: most loaded rank", lambda e: of_adamw(max(e.sent_bytes))),
+        line("sent within teams: mean / most", lambda e: f"{_bytes(mean(e.team_bytes))} / {_bytes(max(e.team_bytes))}"),
         line("momentum: most / mean", lambda e: f"{_bytes(max(e.momentum_bytes))} / {_bytes(mean(e.momentum_bytes))}"),
         line("gradient + parameter buffers", lambda e: _bytes(e.buffer_bytes)),
         line("padding: dense / expert", lambda e: " / ".join(_percent(p) for p in e.padding)),
@@ -119,7 +120,7 @@ def _legend(plan: ModelPlan) -> str:
         f"Sent: what a rank sends beyond AdamW's reduce-scatter ({settings.grad_bytes} B) and all-gather (2 B) of the "
         f"same parameters; for Distributed Muon all-to-alls in {settings.muon.exchange_dtype}, for the layer-wise "
         "layout fp32 gathers over TP and its padding's way through reduce-scatter and all-gather, for Moonlight bf16 "
-        "gathers over DP and TP. Buffers: Muon's parameters alone. "
+        "gathers over DP and TP. Teams: ranks that share a matrix where that is faster. Buffers: Muon's parameters alone. "
         f"Predicted: bandwidth only, nothing overlapped; {LINK_EFFICIENCY:.0%} of nominal link and "
         f"{COMPUTE_EFFICIENCY:.0%} of nominal bf16 rate assumed, nodes of {GPUS_PER_NODE}. {sources}."
     )
@@ -202,6 +203,7 @@ def _scheme_to_json(stage: StageEstimate, estimate: SchemeEstimate) -> dict[str,
             "max_over_ideal": estimate.flops_max / stage.ideal_flops,
         },
         "sent_bytes": {"mean": mean(estimate.sent_bytes), "max": max(estimate.sent_bytes)},
+        "team_bytes": {"mean": mean(estimate.team_bytes), "max": max(estimate.team_bytes)},
         "momentum_bytes": {"mean": mean(estimate.momentum_bytes), "max": max(estimate.momentum_bytes)},
         "buffer_bytes": estimate.buffer_bytes,
         "padding": {"dense": estimate.padding[0], "expert": estimate.padding[1]},

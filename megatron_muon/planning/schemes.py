@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from megatron_muon.config import TORCH_DTYPES, MuonConfig
 from megatron_muon.matrices import MatrixSpec
 from megatron_muon.newton_schulz import newton_schulz_flops
-from megatron_muon.plan import OwnershipPlan, build_plan
+from megatron_muon.plan import CostModel, OwnershipPlan, PlanOptions, build_plan
 from megatron_muon.planning.buffers import Buffer, distributed_buffer, layer_wise_buffer, sharded_matrices
-from megatron_muon.planning.links import Collective, all_to_all, ring
+from megatron_muon.planning.links import GPUS_PER_NODE, Collective, all_to_all, ring
 from megatron_muon.planning.stages import Grid, TransformerImpl
 
 MOMENTUM_BYTES = 4
@@ -27,6 +27,8 @@ class Settings:
         overlap_grad_reduce: Megatron's flag of this name; without it a buffer is one bucket.
         bucket_size: Megatron's `--ddp-bucket-size`, in elements; None takes its rule.
         grad_bytes: Bytes of a gradient element on the wire and in its buffer: 4, or 2 with `--grad-reduce-in-bf16`.
+        cost: By which the plan decides which ranks share a matrix.
+        gpus_per_node: Consecutive global ranks that share a node.
 
     Raises:
         ValueError: If a value is bad.
@@ -37,12 +39,16 @@ class Settings:
     overlap_grad_reduce: bool = True
     bucket_size: int | None = None
     grad_bytes: int = 4
+    cost: CostModel = field(default_factory=CostModel)
+    gpus_per_node: int = GPUS_PER_NODE
 
     def __post_init__(self) -> None:
         if self.bucket_size is not None and self.bucket_size < 1:
             raise ValueError(f"bucket size: got {self.bucket_size}, expected a positive number of elements")
         if self.grad_bytes not in (2, 4):
             raise ValueError(f"grad_bytes: got {self.grad_bytes}, expected 2 or 4")
+        if self.gpus_per_node < 1:
+            raise ValueError(f"gpus_per_node: got {self.gpus_per_node}, expected a positive number")
 
     @property
     def adamw_bytes(self) -> int:
@@ -57,6 +63,7 @@ class Load:
     Attributes:
         flops: Newton-Schulz FLOPs, by rank.
         sent_bytes: Bytes that each rank sends beyond AdamW's reduce-scatter and all-gather of the same buffers.
+        team_bytes: Bytes that each rank sends to those with whom it orthogonalizes a matrix, besides.
         momentum_bytes: Of the momentum, by rank.
         buffer: The layout of the gradient and parameter buffers.
         collectives: What the scheme adds to AdamW's collectives, one after the other.
@@ -64,15 +71,17 @@ class Load:
 
     flops: tuple[float, ...]
     sent_bytes: tuple[float, ...]
+    team_bytes: tuple[float, ...]
     momentum_bytes: tuple[int, ...]
     buffer: Buffer
     collectives: tuple[Collective, ...]
 
 
-def matrix_flops(spec: MatrixSpec, ns_steps: int) -> int:
-    """Newton-Schulz FLOPs of a parameter's logical matrices, each once: what `build_plan` counts."""
+def matrix_flops(spec: MatrixSpec, muon: MuonConfig) -> int:
+    """Newton-Schulz FLOPs of a parameter's logical matrices, each once and by one rank: what `build_plan` counts."""
     shapes = (spec.logical_shape(part) for part in range(len(spec.parts)))
-    return sum(count * newton_schulz_flops(rows, cols, ns_steps) for count, rows, cols in shapes)
+    dtype = TORCH_DTYPES[muon.ns_dtype]
+    return sum(count * newton_schulz_flops(rows, cols, muon.ns_steps, dtype=dtype) for count, rows, cols in shapes)
 
 
 def group_stride(grid: Grid) -> int:
@@ -103,12 +112,19 @@ def ownership_plan(
     """
     buffer = distributed_buffer([s.local_numel for s in specs], grid.dp, bucket_size)
     matrices = sharded_matrices(specs, buffer, grid)
-    plan = build_plan(matrices, grid.tp_ranks, ns_steps=settings.muon.ns_steps, initial_flops=initial_flops)
+    nodes = [grid.stage_rank(rank) // settings.gpus_per_node for rank in range(grid.size)]
+    plan = build_plan(
+        matrices,
+        grid.tp_ranks,
+        ns_steps=settings.muon.ns_steps,
+        initial_flops=initial_flops,
+        options=PlanOptions.from_config(settings.muon, settings.cost, nodes),
+    )
     return buffer, plan
 
 
 def distributed_muon(buffer: Buffer, plan: OwnershipPlan, grid: Grid, settings: Settings) -> Load:
-    """This project: sharded momentum, one owner per matrix in the whole grid, all-to-all there and back.
+    """This project: sharded momentum, an owner or a team per matrix in the whole grid, all-to-all there and back.
 
     Args:
         buffer: As `ownership_plan` returns it.
@@ -127,9 +143,13 @@ def distributed_muon(buffer: Buffer, plan: OwnershipPlan, grid: Grid, settings: 
             for rank, row in enumerate(traffic):
                 sent[rank] += sum(row) - row[rank]
             collectives.append(all_to_all(traffic, element_size, places))
+    nodes = [place // settings.gpus_per_node for place in places]
+    near, far = plan.team_sent_bytes(nodes)
+    collectives.append(Collective(float(max(near)), float(max(far))))
     return Load(
         tuple(map(float, plan.rank_flops)),
         tuple(n * element_size + padding for n in sent),
+        tuple(float(a + b) for a, b in zip(near, far, strict=True)),
         _sharded_momentum(buffer, grid),
         buffer,
         tuple(collectives),
@@ -157,7 +177,7 @@ def layer_wise(
     """
     buffer = layer_wise_buffer([s.local_numel for s in specs], grid.dp, bucket_size)
     if flops is None:
-        flops = [matrix_flops(s, settings.muon.ns_steps) for s in specs]
+        flops = [matrix_flops(s, settings.muon) for s in specs]
     load, gathered, momentum = [0.0] * grid.dp, [0.0] * grid.dp, [0] * grid.dp
     for spec, cost, shards in zip(specs, flops, buffer.shards, strict=True):
         # The layout's promise: a parameter lies in one shard.
@@ -169,6 +189,7 @@ def layer_wise(
     return Load(
         _over_tp(load, grid),
         tuple(n + padding for n in _over_tp(gathered, grid)),
+        (0.0,) * grid.size,
         _over_tp(momentum, grid),
         buffer,
         (ring(max(gathered, default=0.0), grid.tp, 1), ring(padding, grid.dp, group_stride(grid))),
@@ -190,7 +211,7 @@ def all_gather(specs: Sequence[MatrixSpec], grid: Grid, settings: Settings, buck
     buffer = distributed_buffer([s.local_numel for s in specs], grid.dp, bucket_size)
     load, gathered = [0.0] * grid.dp, [0.0] * grid.dp
     for spec, shards in zip(specs, buffer.shards, strict=True):
-        cost = matrix_flops(spec, settings.muon.ns_steps)
+        cost = matrix_flops(spec, settings.muon)
         for holder, _, _ in shards:
             load[holder] += cost
             gathered[holder] += _tp_gather_numel(spec) * 2
@@ -198,6 +219,7 @@ def all_gather(specs: Sequence[MatrixSpec], grid: Grid, settings: Settings, buck
     return Load(
         _over_tp(load, grid),
         tuple(n + over_dp for n in _over_tp(gathered, grid)),
+        (0.0,) * grid.size,
         _sharded_momentum(buffer, grid),
         buffer,
         (ring(over_dp, grid.dp, group_stride(grid)), ring(max(gathered, default=0.0), grid.tp, 1)),

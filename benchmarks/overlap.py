@@ -1,0 +1,171 @@
+"""How much of the exchange hides behind Newton-Schulz: times every all-to-all of a step on Gloo ranks.
+
+    python benchmarks/overlap.py [--ranks 2] [--matrices 16] [--size 768] [--rounds-mb 4] [--steps 5]
+
+Each rank prints one line: the step, the time in which an exchange was under way, the time spent waiting for it, the
+share that was hidden, and the same exchange without computation for comparison.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from megatron_muon.config import MuonConfig
+from megatron_muon.matrices import MatrixSpec, whole
+from megatron_muon.optimizer import ShardedMuon
+from megatron_muon.pipeline import Span, hidden_share
+from megatron_muon.plan import CostModel, OwnershipPlan, PlanOptions, ShardedMatrix, Slice, build_plan
+
+
+@dataclass
+class Timeline:
+    """When collectives were under way and when their rank waited for them, in seconds of `time.perf_counter`."""
+
+    in_flight: list[Span] = field(default_factory=list)
+    waiting: list[Span] = field(default_factory=list)
+
+    def watch(self, work: Any) -> Any:
+        """Notes when a collective that was issued now completes, and returns it with a `wait` that is noted too."""
+        issued = time.perf_counter()
+        # The future completes on Gloo's thread, when the data is there, and not when somebody waits for it.
+        work.get_future().add_done_callback(lambda _: self.in_flight.append((issued, time.perf_counter())))
+        return _Watched(work, self)
+
+    def hidden(self) -> float:
+        """The hidden share of everything noted so far."""
+        return hidden_share(self.in_flight, self.waiting)
+
+
+@dataclass
+class _Watched:
+    work: Any
+    timeline: Timeline
+
+    def wait(self) -> None:
+        start = time.perf_counter()
+        self.work.wait()
+        self.timeline.waiting.append((start, time.perf_counter()))
+
+
+def watch_all_to_alls(timeline: Timeline) -> Callable[[], None]:
+    """Makes asynchronous `all_to_all_single`s of this process known to a timeline; returns what undoes it."""
+    original = dist.all_to_all_single
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        return timeline.watch(original(*args, **kwargs))
+
+    def undo() -> None:
+        dist.all_to_all_single = original
+
+    dist.all_to_all_single = watched
+    return undo
+
+
+def make_plan(world_size: int, matrices: int, size: int, buffer_bytes: int) -> OwnershipPlan:
+    """Square matrices, each stored in equal parts on all ranks, so that nearly all of it moves."""
+    numel = size * size
+    sharded = [
+        ShardedMatrix(
+            MatrixSpec(f"matrix{i}", (size, size), 1, None, whole(size)),
+            tuple(Slice(r, numel * r // world_size, numel * (r + 1) // world_size) for r in range(world_size)),
+        )
+        for i in range(matrices)
+    ]
+    options = PlanOptions(
+        ns_dtype=torch.float32,
+        exchange_dtype=torch.float32,
+        buffer_bytes=buffer_bytes,
+        max_team_size=1,
+        cost=CostModel.for_device("cpu"),
+    )
+    return build_plan(sharded, [0] * world_size, ns_steps=5, options=options)
+
+
+def measure(rank: int, world_size: int, matrices: int, size: int, buffer_bytes: int, steps: int) -> dict[str, float]:
+    """Medians over steps of this rank. Collective; the process group is initialized."""
+    plan = make_plan(world_size, matrices, size, buffer_bytes)
+    held = {i: s for i, m in enumerate(plan.matrices) for s in m.slices if s.rank == rank}
+    generator = torch.Generator().manual_seed(rank)
+    slices = {i: torch.nn.Parameter(torch.randn(s.stop - s.start, generator=generator)) for i, s in held.items()}
+    config = MuonConfig(ns_dtype="fp32", exchange_dtype="fp32")
+    optimizer = ShardedMuon(list(slices.values()), lr=0.01, config=config)
+    optimizer.bind(plan, None, slices, torch.device("cpu"))
+    for p in slices.values():
+        p.grad = torch.randn(p.shape, generator=generator)
+    optimizer.step()
+
+    rows: dict[str, list[float]] = {"step": [], "in_flight": [], "waiting": [], "hidden": [], "alone": []}
+    for _ in range(steps):
+        dist.barrier()
+        timeline = Timeline()
+        undo = watch_all_to_alls(timeline)
+        start = time.perf_counter()
+        optimizer.step()
+        rows["step"].append(time.perf_counter() - start)
+        undo()
+        dist.barrier()
+        rows["in_flight"].append(sum(b - a for a, b in timeline.in_flight))
+        rows["waiting"].append(sum(b - a for a, b in timeline.waiting))
+        rows["hidden"].append(timeline.hidden())
+        rows["alone"].append(exchange_alone(optimizer, slices))
+    medians = {name: statistics.median(values) for name, values in rows.items()}
+    return {
+        "rank": rank,
+        "rounds": len(plan.rounds),
+        **medians,
+        "waiting_of_alone": medians["waiting"] / medians["alone"],
+    }
+
+
+def exchange_alone(optimizer: ShardedMuon, slices: dict[int, torch.nn.Parameter]) -> float:
+    """Seconds for the same exchange, one collective after the other, with nothing computed."""
+    exchange = optimizer.exchange
+    dist.barrier()
+    start = time.perf_counter()
+    for index, members in enumerate(exchange.plan.rounds):
+        own = {i: slices[i].detach() for i in members}
+        parts = exchange.finish_gather(exchange.start_gather(index, own), torch.float32)
+        exchange.finish_scatter(exchange.start_scatter(index, parts), own)
+    return time.perf_counter() - start
+
+
+def _main(rank: int, world_size: int, store: str, args: tuple[int, int, int, int]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    result = measure(rank, world_size, *args)
+    for turn in range(world_size):
+        if turn == rank:
+            print(json.dumps({k: round(v, 4) for k, v in result.items()}), flush=True)
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--matrices", type=int, default=16)
+    parser.add_argument("--size", type=int, default=768, help="rows and columns of each matrix")
+    parser.add_argument("--rounds-mb", type=int, default=1024, help="size of a round's buffer")
+    parser.add_argument("--steps", type=int, default=5)
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory() as directory:
+        settings = (args.matrices, args.size, args.rounds_mb * 2**20, args.steps)
+        multiprocessing.spawn(_main, (args.ranks, str(Path(directory) / "store"), settings), nprocs=args.ranks)
+
+
+if __name__ == "__main__":
+    main()
