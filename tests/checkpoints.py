@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import multiprocessing
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -107,7 +108,7 @@ class Run:
         for name, state, _, indices, value in self.pieces():
             if not torch.equal(value, whole[name, state].reshape(-1)[indices]):
                 out.append(f"{state} of {name}")
-        for place in self.places:
+        for place in (place for place in self.places if place.parameter.requires_grad):
             expected = place.shard(whole[place.name, "param"]).to(place.parameter.dtype)
             if not torch.equal(place.parameter.detach(), expected):
                 out.append(f"model parameter {place.name}")
@@ -148,6 +149,7 @@ def build(
     *,
     dtype: torch.dtype = torch.float32,
     muon: MuonConfig = EXACT,
+    frozen: str | None = None,
     initialized: bool = False,
     **settings: Any,
 ) -> Run:
@@ -158,6 +160,8 @@ def build(
     if not initialized:
         initialize(layout)
     chunks = make_chunks(model, layout, dtype)
+    for name, parameter in (item for chunk in chunks for item in chunk.named_parameters()):
+        parameter.requires_grad_(frozen is None or re.search(frozen, name) is None)
     tag_parameters(chunks, muon)
     wrapped = wrap(chunks, layout)
     config = optimizer_config(layout, dtype, **{"lr": LR, "weight_decay": WEIGHT_DECAY, **settings})
@@ -188,6 +192,9 @@ class Session:
         expected: File with the whole state that the load must give.
         sharding: Megatron's sharding type of both checkpoints.
         bf16: Whether the model is in bf16.
+        efficient: Whether one rank gathers the state that is saved.
+        steps: Steps before and after the save.
+        frozen: Pattern of the names of parameters that are not trained.
     """
 
     model: str
@@ -199,6 +206,7 @@ class Session:
     bf16: bool = False
     efficient: bool = False
     steps: int = 3
+    frozen: str | None = None
 
 
 def play(rank: int, world_size: int, session: Session) -> dict[str, Any]:
@@ -207,7 +215,8 @@ def play(rank: int, world_size: int, session: Session) -> dict[str, Any]:
     Returns:
         Differences after the load, losses before and after the save, and what the rank stored when it saved.
     """
-    run = build(session.model, session.layout, dtype=torch.bfloat16 if session.bf16 else torch.float32)
+    dtype = torch.bfloat16 if session.bf16 else torch.float32
+    run = build(session.model, session.layout, dtype=dtype, frozen=session.frozen)
     differences: list[str] = []
     if session.load_from is not None:
         spoil(run)

@@ -11,9 +11,10 @@ the data-parallel size may change.
 |---|---|
 | tensors past the first bucket are cut from the wrong place | `sharded_param_state_fully_reshardable` |
 | a data-parallel rank whose part of a bucket is all padding is refused | `sharded_param_state_dp_reshardable` |
+| parameters that are fp32 themselves cannot be loaded | `load_parameter_state_from_dp_reshardable` |
 | without TE or apex, a rank that stores nothing, or has not stepped yet, has no `step` to report | `state_dict` |
 | without TE or apex, all parameters of a loaded optimizer count up one shared `step` | `load_state_dict` |
-| without TE or apex, a loaded state without `step` is refused | `_set_main_param_and_optimizer_states` |
+| without TE or apex, `step` is looked up where the format has none, or reset | `_set_main_param_and_optimizer_states` |
 | a changed learning rate makes the parameter groups of the checkpoint unfindable | `load_state_dict` |
 """
 
@@ -114,8 +115,8 @@ class CheckpointedOptimizer(DistributedOptimizer):
             group.pop("step", None)
 
     def _set_main_param_and_optimizer_states(self, model_param: nn.Parameter, tensors: dict[str, Any]) -> None:
-        # Megatron's own looks up every state tensor in `tensors`, torch's `step` too, which it has set elsewhere.
-        super()._set_main_param_and_optimizer_states(model_param, {"step": None, **tensors})
+        # Megatron's own also copies torch's `step`: missing in one format, in the other that of before the load.
+        super()._set_main_param_and_optimizer_states(model_param, {**tensors, "step": None})
 
     def sharded_param_state_fully_reshardable(
         self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, metadata: dict[str, Any] | None = None
@@ -164,8 +165,8 @@ class CheckpointedOptimizer(DistributedOptimizer):
     def get_parameter_state_dp_reshardable(self) -> dict[Any, Any]:
         """Megatron's own; an empty part of a bucket gets a placeholder, so that its padding is still covered."""
         state: dict[Any, Any] = super().get_parameter_state_dp_reshardable()
-        for bucket in self._bucket_states(state):
-            if not bucket:
+        for index in range(len(self.gbuf_ranges)):
+            for bucket in (bucket for buckets in state[index].values() for bucket in buckets if not bucket):
                 empty = {key: torch.empty(0) for key in ("param", *self.optimizer_state_keys)}
                 bucket.append({**empty, "gbuf_local_start": 0, "gbuf_local_end": 0, "padding": True})
         return state
@@ -173,28 +174,36 @@ class CheckpointedOptimizer(DistributedOptimizer):
     def sharded_param_state_dp_reshardable(
         self, model_sharded_state_dict: dict[str, Any], is_loading: bool = False, metadata: dict[str, Any] | None = None
     ) -> dict[Any, Any]:
-        """Megatron's own, without the placeholders, which are no part of any tensor."""
+        """Megatron's own, without the placeholders, which are no part of any tensor.
+
+        Lists become dicts by position: a load drops empty lists, and what follows would move up.
+        """
         state: dict[Any, Any] = super().sharded_param_state_dp_reshardable(
             model_sharded_state_dict, is_loading, metadata
         )
-        for bucket in self._bucket_states(state):
-            bucket[:] = [entry for entry in bucket if entry["param"].data.numel() > 0]
+        for index in range(len(self.gbuf_ranges)):
+            state[index] = {
+                dtypes: {
+                    number: {at: entry for at, entry in enumerate(bucket) if entry["param"].data.numel() > 0}
+                    for number, bucket in enumerate(buckets)
+                }
+                for dtypes, buckets in state[index].items()
+            }
         return state
 
+    @torch.no_grad()
     def load_parameter_state_from_dp_reshardable(self, state_dict: dict[Any, Any]) -> None:
-        """Megatron's own. Loading drops lists without an entry: a rank that stores nothing of a bucket."""
+        """Megatron's own, which would write into fp32 parameters under autograd."""
         state = dict(state_dict)
         for index, ranges in enumerate(self.gbuf_ranges):
             ((dtypes, buckets),) = ranges.items()
-            loaded = state.get(index, {}).get(dtypes, [])
-            by_bucket = dict(loaded) if isinstance(loaded, dict) else dict(enumerate(loaded))
-            state[index] = {dtypes: [by_bucket.get(number, []) for number in range(len(buckets))]}
+            loaded = state.get(index, {}).get(dtypes, {})
+            state[index] = {
+                dtypes: [
+                    [entry for _, entry in sorted(loaded.get(number, {}).items())] for number in range(len(buckets))
+                ]
+            }
         super().load_parameter_state_from_dp_reshardable(state)
-
-    def _bucket_states(self, state: dict[Any, Any]) -> Iterator[list[dict[str, Any]]]:
-        for index in range(len(self.gbuf_ranges)):
-            for buckets in state[index].values():
-                yield from buckets
 
 
 class AdamDistributedOptimizer(CheckpointedOptimizer):
