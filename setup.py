@@ -12,7 +12,8 @@ setup(
     packages=find_packages(include=["megatron_muon", "megatron_muon.*"]),
     package_data={"megatron_muon": ["py.typed"]},
     python_requires=">=3.12",
-    install_requires=["torch>=2.8", "megatron-core>=0.19.2,<0.20", "rich>=13", "PyYAML>=6"],
+    # psutil: Megatron-Core's checkpoint writer refuses to save without it, and does not ask for it itself.
+    install_requires=["torch>=2.8", "megatron-core>=0.19.2,<0.20", "psutil>=5.9", "PyYAML>=6", "rich>=13"],
     extras_require={
         # What `make demo` needs beyond the plugin: plots and TensorBoard's event files.
         "demo": ["matplotlib>=3.8", "tensorboard>=2.16"],

@@ -19,6 +19,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from megatron_muon.config import MuonConfig
+from megatron_muon.megatron.checkpoint import AdamDistributedOptimizer
 from megatron_muon.megatron.checks import check_optimizer_config
 from megatron_muon.megatron.distributed import Grid, MuonChainedOptimizer, MuonDistributedOptimizer
 from megatron_muon.megatron.routing import TAG, NamedParameter, matrix_spec, named_parameters, uses_muon
@@ -160,6 +161,9 @@ class _Builder:
             pg_collection=self.parallel,
             **self._wrapper_arguments(expert, False),
         )
+        # Megatron makes the inner AdamW and wraps it in one call. The class with working checkpoints has no state of its
+        # own and the same constructor.
+        optimizer.__class__ = AdamDistributedOptimizer
         optimizer.grad_scaler = self.grad_scaler
         return optimizer
 

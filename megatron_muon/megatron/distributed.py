@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,11 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer, Range
-from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.optimizer.distrib_optimizer import Range
 from torch import nn
 
 from megatron_muon.matrices import MatrixSpec
+from megatron_muon.megatron.checkpoint import CheckpointedChain, CheckpointedOptimizer, report_changes
 from megatron_muon.optimizer import MOMENTUM, ShardedMuon
 from megatron_muon.plan import CostModel, PlanOptions, ShardedMatrix, Slice, build_plan
 
@@ -40,7 +41,7 @@ class Grid:
         return {at: rank for rank, at in enumerate(zip(self.dp_ranks, self.tp_ranks, strict=True))}
 
 
-class MuonDistributedOptimizer(DistributedOptimizer):
+class MuonDistributedOptimizer(CheckpointedOptimizer):
     """DistributedOptimizer whose inner optimizer is `ShardedMuon` and whose only state is `momentum_buffer`.
 
     Gradients, fp32 main slices, parameter buffers and their all-gather are Megatron's, unchanged. This class tells
@@ -56,6 +57,7 @@ class MuonDistributedOptimizer(DistributedOptimizer):
     """
 
     optimizer: ShardedMuon
+    kind = "muon"
 
     def __init__(
         self,
@@ -121,27 +123,20 @@ class MuonDistributedOptimizer(DistributedOptimizer):
         """Tensors that a checkpoint holds for each parameter besides the parameter itself."""
         return (MOMENTUM,)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything but parameters and momentum: the groups and the gradient scaler.
-
-        Megatron's own reads a `step` from every parameter's state; Muon has none.
-        """
-        inner = self.optimizer.state_dict()
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in inner["param_groups"]]
-        out: dict[str, Any] = {"optimizer": {"param_groups": groups}}
-        if self.grad_scaler:
-            out["grad_scaler"] = self.grad_scaler.state_dict()
-        return out
+    def _shared_state(self) -> dict[str, Any]:
+        return {"muon": dataclasses.asdict(self.optimizer.muon)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` or `sharded_state_dict` returned.
+        """As for CheckpointedOptimizer; settings of Muon that differ from the checkpoint's are printed.
 
         Megatron's own puts a `step` into every group and state where neither TE nor apex is installed; it is lent
         one here and taken back, so that it does not end up in the next checkpoint.
         """
-        groups = [{"step": 0, **group} for group in state_dict["optimizer"]["param_groups"]]
+        saved = state_dict["optimizer"]
+        report_changes("muon", saved.get("muon", {}), dataclasses.asdict(self.optimizer.muon))
+        groups = [{**group, "step": 0} for group in saved["param_groups"]]
         self.optimizer.init_state()
-        super().load_state_dict({**state_dict, "optimizer": {"param_groups": groups}})
+        super().load_state_dict({**state_dict, "optimizer": {**saved, "param_groups": groups}})
         for state in self.optimizer.state.values():
             state.pop("step", None)
         for group in self.optimizer.param_groups:
@@ -152,14 +147,14 @@ class MuonDistributedOptimizer(DistributedOptimizer):
         self.optimizer.init_state()
 
 
-class MuonChainedOptimizer(ChainedOptimizer):
+class MuonChainedOptimizer(CheckpointedChain):
     """Steps Muon's and AdamW's optimizers one after the other, then gathers all parameters once.
 
     A bucket group can hold buckets of both kinds (it does in virtual pipelines), so a gather that ran as soon as one
     optimizer has stepped would distribute parameters that the other one has not updated yet.
     """
 
-    def __init__(self, chained_optimizers: list[DistributedOptimizer]) -> None:
+    def __init__(self, chained_optimizers: list[CheckpointedOptimizer]) -> None:
         super().__init__(chained_optimizers)
         for optimizer in chained_optimizers:
             optimizer._defer_param_sync = True
