@@ -1,12 +1,14 @@
 """Installs megatron_muon: Distributed Muon for NVIDIA Megatron-Core."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="megatron-muon",
     version="0.1.0",
     description="Distributed Muon inside Megatron-Core's DistributedOptimizer",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_muon", "megatron_muon.*"]),

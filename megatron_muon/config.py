@@ -119,7 +119,8 @@ class MuonConfig:
         return cls(**{**PRESETS[preset], **overrides})
 
 
-# Sources: moonlight: arXiv 2502.16982 and MoonshotAI/Moonlight. megatron: megatron-core 0.19's own flag defaults.
+# Sources: moonlight: arXiv 2502.16982 and MoonshotAI/Moonlight. megatron: megatron-core 0.19's own flag
+# defaults, but for whole matrices instead of `--muon-tp-mode blockwise`.
 # deepseek-v4: its report (hybrid coefficients, update RMS 0.18). keller: KellerJordan/Muon.
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {

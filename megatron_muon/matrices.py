@@ -85,6 +85,8 @@ class MatrixSpec:
         for part in self.parts:
             if list(part.rows) != sorted(part.rows):
                 raise ValueError(f"{self.name}.{part.label}: got rows {part.rows}, expected ascending ranges")
+            if part.blocks is not None and part.blocks.dim not in (0, 1):
+                raise ValueError(f"{self.name}.{part.label}: got blocks along dim {part.blocks.dim}, expected 0 or 1")
             if part.blocks is not None:
                 extent = (part.num_rows, cols)[part.blocks.dim]
                 if part.blocks.size < 1 or extent % part.blocks.size:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_muon.config import TORCH_DTYPES, MuonConfig, scale_factor
 from megatron_muon.lockstep import Talk
-from megatron_muon.newton_schulz import coefficients, orthogonalize
+from megatron_muon.newton_schulz import coefficients, normalize, orthogonalize, scaling_for
 from megatron_muon.team import Seat, orthogonalize_band
 
 
@@ -49,6 +49,11 @@ def momentum_update(
     return directions
 
 
+def in_ns_dtype(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """A matrix in the dtype of the Newton-Schulz iterations. fp16 has the range of no gradient: normalized before."""
+    return normalize(matrix.float()).to(dtype) if dtype == torch.float16 else matrix.to(dtype)
+
+
 def orthogonalized_updates(views: Sequence[Tensor], config: MuonConfig) -> None:
     """Replaces each logical matrix by its update: Newton-Schulz, then the scale of its own shape.
 
@@ -64,10 +69,10 @@ def orthogonalized_updates(views: Sequence[Tensor], config: MuonConfig) -> None:
     for (rows, cols), group in by_shape.items():
         factor = scale_factor(rows, cols, config)
         for stack in [group] if config.batched else [[view] for view in group]:
-            matrices = [view.to(dtype) for view in stack]
+            matrices = [in_ns_dtype(view, dtype) for view in stack]
             batch = torch.stack(matrices) if len(matrices) > 1 else matrices[0]
             # Scaled in fp32: in bf16 the factor would be rounded before it is applied.
-            update = orthogonalize(batch, schedule).float().mul_(factor)
+            update = orthogonalize(batch, schedule, scaling=scaling_for(config.coefficients)).float().mul_(factor)
             for view, matrix in zip(stack, update if len(matrices) > 1 else [update], strict=True):
                 view.copy_(matrix)
 

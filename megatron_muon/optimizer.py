@@ -114,6 +114,16 @@ class ShardedMuon(torch.optim.Optimizer):
                 if MOMENTUM not in self.state[p]:
                     self.state[p][MOMENTUM] = torch.zeros_like(p, dtype=torch.float32)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but momentum stays fp32 for parameters of any dtype; torch casts state to the parameter's."""
+        super().load_state_dict(state_dict)
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        for number, p in zip(numbers, parameters, strict=True):
+            saved = state_dict["state"].get(number, {})
+            if MOMENTUM in saved and p.dtype != torch.float32:
+                self.state[p][MOMENTUM] = saved[MOMENTUM].to(p.device, torch.float32, copy=True)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """One update of all slices. Collective over the bound group, also for a rank without slices.

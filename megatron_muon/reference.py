@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_muon.config import TORCH_DTYPES, MuonConfig, scale_factor
-from megatron_muon.newton_schulz import coefficients, orthogonalize
+from megatron_muon.newton_schulz import coefficients, normalize, orthogonalize, scaling_for
 
 
 class ReferenceMuon:
@@ -44,7 +44,10 @@ class ReferenceMuon:
         update = torch.empty_like(direction)
         for rows in self.logical_rows.get(name, [list(range(len(direction)))]):
             matrix = direction[rows]
-            orthogonal = orthogonalize(matrix.to(TORCH_DTYPES[self.config.ns_dtype]), schedule).float()
+            if self.config.ns_dtype == "fp16":
+                matrix = normalize(matrix)
+            matrix = matrix.to(TORCH_DTYPES[self.config.ns_dtype])
+            orthogonal = orthogonalize(matrix, schedule, scaling=scaling_for(self.config.coefficients)).float()
             update[rows] = orthogonal * scale_factor(matrix.shape[0], matrix.shape[1], self.config)
         return update.to(wire).float()
 

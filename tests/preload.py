@@ -12,5 +12,5 @@ torch.set_num_threads(1)
 # Imports megatron.core and megatron.training; ranks start with the backend active.
 cpu.install()
 
-import megatron.core.models.gpt.gpt_layer_specs  # noqa: E402, F401
+import megatron.core.models.gpt.gpt_layer_specs  # noqa: E402
 import megatron.core.optimizer  # noqa: E402, F401

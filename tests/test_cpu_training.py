@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from tests import models
+from tests.checkpoints import child_processes
 from tests.distributed import RankError, run_ranks
 from tests.models import Layout
 
@@ -144,17 +145,15 @@ def test_recomputed_activations_draw_the_same_dropout() -> None:
         assert plain != without
 
 
-def save_and_resume(rank: int, world_size: int, directory: str) -> tuple[list[float], list[float]]:
+def save_and_resume(rank: int, world_size: int, directory: str, sharding: str) -> tuple[list[float], list[float]]:
     """Losses of steps 3 and 4 without a break, and from a checkpoint after step 2."""
     from megatron.core import dist_checkpointing, parallel_state
 
-    # The writer forks helpers, which a daemonic process, such as a rank of these tests, may not.
-    multiprocessing.current_process().daemon = False
     layout = Layout(world_size, tp=2, ep=2, etp=1, sequence_parallel=True)
 
     def sharded_state(chunks: list[Any], optimizer: Recorded, loading: bool) -> dict[str, Any]:
         groups = dict(dp_cp_group=parallel_state.get_data_parallel_group(with_context_parallel=True))
-        metadata = {"distrib_optim_sharding_type": "dp_reshardable", **groups}
+        metadata = {"distrib_optim_sharding_type": sharding, **groups}
         model = chunks[0].module.sharded_state_dict(metadata=metadata)
         state = optimizer.sharded_state_dict(model, is_loading=loading, metadata=metadata)
         return {"model": model, "optimizer": state}
@@ -162,7 +161,8 @@ def save_and_resume(rank: int, world_size: int, directory: str) -> tuple[list[fl
     chunks, optimizer = start("mla", layout, torch.float32)
     for _ in range(2):
         models.train_step(chunks, optimizer, 0)
-    dist_checkpointing.save(sharded_state(chunks, optimizer, False), directory)
+    with child_processes():
+        dist_checkpointing.save(sharded_state(chunks, optimizer, False), directory)
     unbroken = [models.train_step(chunks, optimizer, 0) for _ in range(2)]
     parallel_state.destroy_model_parallel()
 
@@ -173,8 +173,9 @@ def save_and_resume(rank: int, world_size: int, directory: str) -> tuple[list[fl
     return unbroken, [models.train_step(chunks, optimizer, 0) for _ in range(2)]
 
 
-def test_a_torch_dist_checkpoint_resumes_bitwise(tmp_path: Any) -> None:
-    for unbroken, resumed in run_ranks(save_and_resume, 2, str(tmp_path)):
+@pytest.mark.parametrize("sharding", ["dp_reshardable", "fully_reshardable"])
+def test_a_torch_dist_checkpoint_resumes_bitwise(sharding: str, tmp_path: Path) -> None:
+    for unbroken, resumed in run_ranks(save_and_resume, 2, str(tmp_path), sharding):
         assert unbroken == resumed
 
 

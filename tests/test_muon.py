@@ -224,7 +224,7 @@ def test_iterations_run_in_ns_dtype_and_the_scale_does_not() -> None:
     [
         "fp32",
         "bf16",
-        pytest.param("fp16", marks=pytest.mark.xfail(strict=True, reason="cast to fp16 before it is normalized")),
+        "fp16",
     ],
 )
 @pytest.mark.parametrize("exponent", [-40, -20, 40])
@@ -241,7 +241,7 @@ def test_update_does_not_depend_on_the_gradients_scale(ns_dtype: Any, exponent: 
     "coefficient_set",
     [
         *(name for name in get_args(CoefficientSet) if name != "aol"),
-        pytest.param("aol", marks=pytest.mark.xfail(strict=True, reason="run without the scaling that aol needs")),
+        "aol",
     ],
 )
 def test_every_coefficient_set_that_a_config_takes_orthogonalizes(coefficient_set: str) -> None:

@@ -336,7 +336,6 @@ def test_momentum_of_bf16_slices_is_fp32() -> None:
     assert same_bits(optimizer.state[p]["momentum_buffer"], normal(1, 12).bfloat16().float())
 
 
-@pytest.mark.xfail(strict=True, reason="torch casts a loaded state to the parameter's dtype")
 def test_momentum_of_bf16_slices_is_loaded_in_fp32() -> None:
     p = Parameter(normal(0, 12).bfloat16())
     optimizer, other = bound(p, lr=0.1), bound(p, lr=0.1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from .flags import REQUIRED_FLAGS, cpu_arguments
-from .redirect import Redirect, apply_redirects
+from .redirect import Redirect, apply_redirects, mismatch_error
 
 __all__ = ["REQUIRED_FLAGS", "all_redirects", "cpu_arguments", "install", "is_installed"]
 
@@ -23,9 +23,9 @@ def is_installed() -> bool:
 
 def all_redirects() -> list[Redirect]:
     """Everything that `install()` replaces, each with its reason. Imports megatron.core."""
-    from . import collectives, devices, modules, runtime
+    from . import adam, collectives, devices, modules, runtime
 
-    return [*devices.redirects(), *collectives.redirects(), *modules.redirects(), *runtime.redirects()]
+    return [redirect for part in (devices, collectives, modules, adam, runtime) for redirect in part.redirects()]
 
 
 def install() -> None:
@@ -47,8 +47,14 @@ def install() -> None:
             f"{torch.cuda.device_count()} CUDA device(s). Run without it (no --device cpu), "
             "or hide the devices: CUDA_VISIBLE_DEVICES= (empty)."
         )
-    from . import runtime
-
-    apply_redirects(all_redirects())
-    runtime.quiet_rng_tracker()
+    try:
+        table = all_redirects()
+        from .runtime import quiet_rng_tracker
+    except ImportError as error:
+        # Modules of Megatron that this package builds on, imported by its own.
+        if error.name is None or error.name.partition(".")[0] != "megatron":
+            raise
+        raise mismatch_error(str(error)) from error
+    apply_redirects(table)
+    quiet_rng_tracker()
     _installed = True

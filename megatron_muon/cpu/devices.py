@@ -69,9 +69,7 @@ def _tensor_cuda(original: Callable[..., torch.Tensor]) -> Callable[..., torch.T
     return cuda
 
 
-_CUDA_TYPE_NAMES = {
-    f"torch.{name}": f"torch.cuda.{name}" for name in ("FloatTensor", "HalfTensor", "BFloat16Tensor")
-}
+_CUDA_TYPE_NAMES = {f"torch.{name}": f"torch.cuda.{name}" for name in ("FloatTensor", "HalfTensor", "BFloat16Tensor")}
 
 
 def _tensor_type(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ REQUIRED_FLAGS: tuple[tuple[str, str | None], ...] = (
     ("--no-bias-gelu-fusion", None),
     ("--no-bias-dropout-fusion", None),
     ("--no-rope-fusion", None),
-    # Worker processes would share two cores with the ranks.
+    # On a CPU, worker processes compete with the ranks for the same cores.
     ("--num-workers", "0"),
 )
 

@@ -171,7 +171,8 @@ class CoreAttention(DotProductAttention):  # type: ignore[misc]
         by_rank = gather_from_sequence_parallel_region(local, tensor_parallel_output_grad=True, group=self.cp_group)
         chunks = by_rank.view(2 * size, -1, *by_rank.shape[1:])
         order = [2 * c if c < size else 2 * (2 * size - 1 - c) + 1 for c in range(2 * size)]
-        return chunks[order].reshape(by_rank.shape)
+        joined: Tensor = chunks[order].reshape(by_rank.shape)
+        return joined
 
     def _zigzag_mask(self, queries: int, device: torch.device) -> Tensor | None:
         """The causal mask's rows for this rank's queries, (1, 1, queries, keys)."""

@@ -59,6 +59,15 @@ def megatron_core_version() -> str:
         return "not installed"
 
 
+def mismatch_error(problem: str) -> RuntimeError:
+    """The error for a Megatron-Core that the CPU backend does not fit."""
+    return RuntimeError(
+        f"the CPU backend does not fit megatron-core {megatron_core_version()} with torch {torch.__version__}: "
+        f"{problem}. It is verified with megatron-core {VERIFIED_MEGATRON_CORE}; "
+        f"install that version (pip install megatron-core=={VERIFIED_MEGATRON_CORE}), or update megatron_muon."
+    )
+
+
 def _resolve(redirect: Redirect) -> _Resolved:
     module_name, _, path = redirect.target.partition(":")
     try:
@@ -71,7 +80,7 @@ def _resolve(redirect: Redirect) -> _Resolved:
     *parents, name = path.split(".")
     for parent in parents:
         owner = getattr(owner, parent, None)
-    original = getattr(owner, name, _MISSING)
+    original: Any = getattr(owner, name, _MISSING)
     if original is _MISSING:
         raise _Mismatch(f"{redirect.target}: there is no {path} in {module_name}")
     if redirect.parameters:
@@ -101,12 +110,7 @@ def apply_redirects(redirects: Iterable[Redirect]) -> None:
         except _Mismatch as mismatch:
             mismatches.append(str(mismatch))
     if mismatches:
-        raise RuntimeError(
-            f"the CPU backend does not fit megatron-core {megatron_core_version()} with torch {torch.__version__}: "
-            + "; ".join(mismatches)
-            + f". It is verified with megatron-core {VERIFIED_MEGATRON_CORE}; "
-            f"install that version (pip install megatron-core=={VERIFIED_MEGATRON_CORE}), or update megatron_muon."
-        )
+        raise mismatch_error("; ".join(mismatches))
     for item in resolved:
         replacement = item.redirect.make(item.original)
         if inspect.isfunction(replacement) and replacement is not item.original:

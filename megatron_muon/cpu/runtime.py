@@ -12,6 +12,7 @@ import torch
 from .flags import cpu_arguments
 from .redirect import Redirect
 
+
 def _get_cuda_rng_state(original: Callable[..., Any]) -> Callable[..., torch.Tensor]:
     def get_cuda_rng_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
         if graph_safe:
@@ -47,45 +48,6 @@ def _compile_helpers(original: Callable[[], None]) -> Callable[[], None]:
             original()
 
     return compile_helpers
-
-
-def _optimizer_state_dict(original: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """`DistributedOptimizer.state_dict` of an Adam that has not stepped, which a resumed run asks for first.
-
-    With torch's Adam, Megatron reads the step count from the state of the parameters; before a step there is none, and
-    the load of a checkpoint fails. The state that Adam itself would start with is made here.
-    """
-
-    def state_dict(self: Any) -> dict[str, Any]:
-        inner = self.optimizer
-        if isinstance(inner, torch.optim.Adam) and not inner.state:
-            for group in inner.param_groups:
-                for parameter in group["params"]:
-                    inner.state[parameter] = {
-                        "step": torch.tensor(0.0),
-                        "exp_avg": torch.zeros_like(parameter),
-                        "exp_avg_sq": torch.zeros_like(parameter),
-                    }
-        return original(self)
-
-    return state_dict
-
-
-def _load_optimizer_state_dict(original: Callable[..., None]) -> Callable[..., None]:
-    """`DistributedOptimizer.load_state_dict` with a step count for each parameter, and fp32 training.
-
-    With torch's Adam, Megatron puts one tensor for the step into the state of every parameter, so that a resumed step
-    counts once for each of them. Main parameters of an fp32 run are views of the model's, which autograd guards.
-    """
-
-    def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
-        with torch.no_grad():
-            original(self, state_dict)
-        for state in self.optimizer.state.values():
-            if isinstance(state.get("step"), torch.Tensor):
-                state["step"] = state["step"].clone()
-
-    return load_state_dict
 
 
 def _check_arguments(args: Any) -> None:
@@ -131,18 +93,6 @@ def redirects() -> list[Redirect]:
             "megatron.core.datasets.utils:compile_helpers",
             _compile_helpers,
             "runs make, for which the wheel has no Makefile; the compiled helper is in it",
-        ),
-        Redirect(
-            "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.state_dict",
-            _optimizer_state_dict,
-            "fails on a new optimizer without Transformer Engine or apex, so that no run resumes",
-            ("self",),
-        ),
-        Redirect(
-            "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer.load_state_dict",
-            _load_optimizer_state_dict,
-            "without Transformer Engine or apex, a resumed Adam miscounts its steps; in fp32, loading raises",
-            ("self", "state_dict"),
         ),
     ]
     if importlib.util.find_spec("megatron.training") is not None:

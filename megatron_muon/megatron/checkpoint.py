@@ -242,7 +242,7 @@ def _entries_by_position(state_dict: Any) -> dict[int, dict[str, Any]]:
 
 
 def _entry_of_kind(entries: Mapping[int, dict[str, Any]], position: int, kind: str) -> dict[str, Any]:
-    """What a checkpoint says beside parameter state: of this place in the chain if it is of this kind, else of another."""
+    """What a checkpoint says beside parameter state: of this place in the chain if of this kind, else of another."""
     for at in (position, *sorted(entries)):
         entry = entries.get(at, {})
         if entry.get("optimizer", {}).get("kind") == kind:

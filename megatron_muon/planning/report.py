@@ -120,7 +120,8 @@ def _legend(plan: ModelPlan) -> str:
         f"Sent: what a rank sends beyond AdamW's reduce-scatter ({settings.grad_bytes} B) and all-gather (2 B) of the "
         f"same parameters; for Distributed Muon all-to-alls in {settings.muon.exchange_dtype}, for the layer-wise "
         "layout fp32 gathers over TP and its padding's way through reduce-scatter and all-gather, for Moonlight bf16 "
-        "gathers over DP and TP. Teams: ranks that share a matrix where that is faster. Buffers: Muon's parameters alone. "
+        "gathers over DP and TP. Teams: ranks that share a matrix where that is faster. Buffers: Muon's parameters "
+        "alone. "
         f"Predicted: bandwidth only, nothing overlapped; {LINK_EFFICIENCY:.0%} of nominal link and "
         f"{COMPUTE_EFFICIENCY:.0%} of nominal bf16 rate assumed, nodes of {GPUS_PER_NODE}. {sources}."
     )
