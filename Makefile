@@ -30,7 +30,9 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/newton_schulz.py
+	$(BIN)/python benchmarks/plans.py
+	$(BIN)/python benchmarks/overlap.py
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -305,7 +305,6 @@ BAD_WORDS: list[tuple[tuple[str, ...], type[Exception], str]] = [
     (("--no-use-layer-wise-param-layout",), ValueError, "use_layer_wise_param_layout"),
     (("--use-mup",), NotImplementedError, "--use-mup: got True"),
     (("--qk-clip",), NotImplementedError, "--qk-clip: got True"),
-    (("--dist-ckpt-optim-fully-reshardable",), NotImplementedError, "--dist-ckpt-optim-fully-reshardable: got True"),
     (("--dump-param-to-param-group-map", "x"), NotImplementedError, "--dump-param-to-param-group-map: got 'x'"),
     (("--freeze-all-layers",), ValueError, "--freeze-all-layers: got True"),
     (("--tensor-parallel-num-weight-shards", "2"), NotImplementedError, "--tensor-parallel-num-weight-shards: got 2"),

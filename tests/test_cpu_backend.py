@@ -67,7 +67,11 @@ def test_redirects_replace_functions_and_static_methods(victim: Any) -> None:
         ("victim:Thing.absent", (), "there is no Thing.absent in victim"),
         ("victim:Absent.make", (), "there is no Absent.make in victim"),
         ("victim.absent:make", (), "there is no module victim.absent"),
-        ("victim:greet", ("name", "softly"), "its parameters are (name, loudly), expected to begin with (name, softly)"),
+        (
+            "victim:greet",
+            ("name", "softly"),
+            "its parameters are (name, loudly), expected to begin with (name, softly)",
+        ),
     ],
 )
 def test_a_missing_or_changed_target_is_refused_and_nothing_replaced(
@@ -75,7 +79,9 @@ def test_a_missing_or_changed_target_is_refused_and_nothing_replaced(
 ) -> None:
     original = victim.greet
     with pytest.raises(RuntimeError) as raised:
-        apply_redirects([Redirect("victim:greet", shouting, "a test"), Redirect(target, shouting, "a test", parameters)])
+        apply_redirects(
+            [Redirect("victim:greet", shouting, "a test"), Redirect(target, shouting, "a test", parameters)]
+        )
     message = str(raised.value)
     assert problem in message
     assert f"megatron-core {megatron_core_version()}" in message

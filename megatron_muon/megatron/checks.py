@@ -80,10 +80,6 @@ _ARGUMENTS = (
     ),
     _Refusal("use_mup", "its learning-rate multipliers for AdamW's matrices would reach Muon's"),
     _Refusal("qk_clip", "Megatron's implementation reads whole main parameters, of which a rank has only a slice"),
-    _Refusal(
-        "dist_ckpt_optim_fully_reshardable",
-        "this format mixes up optimizer state past the first bucket in Megatron 0.19",
-    ),
     _Refusal("dump_param_to_param_group_map", "the file has no place for the two optimizers", expected=None),
     _Refusal("freeze_all_layers", "it leaves nothing to train and switches DistributedOptimizer off", error=ValueError),
 )
