@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_muon.lockstep import Message, Talk
-from megatron_muon.newton_schulz import Schedule, check_schedule
+from megatron_muon.newton_schulz import AOL_SIGMA_MAX, Scaling, Schedule, check_schedule
 
 
 @dataclass(frozen=True)
@@ -87,29 +87,49 @@ def block_bounds(total: int, count: int) -> tuple[int, ...]:
     return tuple(round(total * end / ends[-1]) for end in ends)
 
 
-def orthogonalize_band(x: Tensor, seat: Seat, schedule: Schedule, *, divided: bool, eps: float = 1e-7) -> Talk:
+def orthogonalize_band(
+    x: Tensor,
+    seat: Seat,
+    schedule: Schedule,
+    *,
+    divided: bool,
+    dtype: torch.dtype,
+    scaling: Scaling = "frobenius",
+    eps: float = 1e-7,
+) -> Talk:
     """A member's part of orthogonalizing (X_1 ... X_k); the counterpart of `newton_schulz.orthogonalize`.
 
-    All of it is in the data type of `x`, but norms and sums of 16-bit numbers are in float32. The members' results are
+    The norm is that of `x` and taken in its data type; sums of 16-bit numbers are in float32. The members' results are
     those of one rank up to the order of sums, and the same in every run.
 
     Args:
-        x: This member's columns (m, n_i), n_i >= 1, of a matrix with m <= sum n_i. Not mutated.
+        x: This member's columns (m, n_i), n_i >= 1, of a matrix with m <= sum n_i, in float32 or float64. Not mutated.
         seat: The member's place.
         schedule: Quintics from `coefficients`.
         divided: Whether to divide the polynomial; the same for all members.
+        dtype: Data type of the iterations and of what members send.
+        scaling: That the schedule needs; see `newton_schulz.scaling_for`.
         eps: Relative margin below a spectral norm of one.
 
     Returns:
-        The talk, whose result is the member's columns of U p(S) V^T.
+        The talk, whose result is the member's columns of U p(S) V^T, in `dtype`.
 
     Raises:
-        ValueError: If the schedule needs another scaling than the Frobenius norm.
+        ValueError: Before anything is said, if the schedule does not orthogonalize under this scaling.
     """
-    check_schedule(schedule, "frobenius")
-    y = yield from _normalized(x, seat, eps)
-    for a, b, c in schedule:
+    check_schedule(schedule, scaling)
+    return _talk(x, seat, schedule, divided, dtype, scaling, eps)
+
+
+def _talk(
+    x: Tensor, seat: Seat, schedule: Schedule, divided: bool, dtype: torch.dtype, scaling: Scaling, eps: float
+) -> Talk:
+    # Normalized before the cast: gradients may lie outside float16's range.
+    y = (yield from _normalized(x, seat, max(eps, torch.finfo(dtype).eps))).to(dtype)
+    for step, (a, b, c) in enumerate(schedule):
         gram = yield from _all_reduce(y @ y.mT, seat)
+        if step == 0 and scaling == "aol":
+            _scale_aol(y, gram)
         if divided:
             start, stop = seat.rows(len(gram), seat.member)
             own = torch.addmm(gram[start:stop, :stop], gram[start:stop], gram[:, :stop], beta=b, alpha=c)
@@ -122,30 +142,46 @@ def orthogonalize_band(x: Tensor, seat: Seat, schedule: Schedule, *, divided: bo
 
 
 def _normalized(x: Tensor, seat: Seat, eps: float) -> Generator[Message, Sequence[Tensor], Tensor]:
-    """x over (1 + eps) times the norm of the whole matrix.
+    """x over (1 + eps) times the norm of the whole matrix; zero stays zero.
 
     As in `newton_schulz.normalize`, squares are taken of entries scaled by a power of two, so that none under- or
     overflows whatever the scale of the input. Members differ in that power, so that it travels with the norm.
     """
-    dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    limits = torch.finfo(dtype)
-    peak = x.abs().amax().to(dtype).clamp_(limits.tiny, limits.max / 2)
+    limits = torch.finfo(x.dtype)
+    peak = x.abs().amax().clamp_(limits.tiny, limits.max / 2)
     unit = peak / torch.frexp(peak).mantissa
-    scaled = torch.div(x, unit.view(1, 1), out=torch.empty_like(x))
-    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(scaled, dim=1, dtype=dtype))
+    scaled = x / unit
+    # Rows first, as there.
+    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(scaled, dim=1))
     received = yield Message([torch.stack([unit, norm])] * seat.size, [(2,)] * seat.size)
     units, norms = torch.stack(list(received)).unbind(dim=1)
     # Powers of two: dividing by another one than before is exact, but for what is too small to matter.
     unit = units.amax()
     total = torch.linalg.vector_norm(norms * (units / unit))
-    total.mul_(1.0 + max(eps, torch.finfo(x.dtype).eps)).clamp_(min=limits.tiny)
-    return torch.div(x, unit.view(1, 1), out=scaled).div_(total.view(1, 1))
+    total.mul_(1.0 + eps).clamp_(min=limits.tiny)
+    return torch.div(x, unit, out=scaled).div_(total)
+
+
+def _scale_aol(y: Tensor, gram: Tensor) -> None:
+    """Scales rows so that no singular value exceeds `AOL_SIGMA_MAX`, as `newton_schulz` does. Mutates both.
+
+    Every member computes the same factors: it has all of the Gram matrix, and all rows of its columns.
+    """
+    dtype = _sum_dtype(y.dtype)
+    sums = torch.linalg.vector_norm(gram, ord=1, dim=1, keepdim=True, dtype=dtype)
+    scale = sums.clamp_(min=torch.finfo(dtype).tiny).rsqrt_().mul_(AOL_SIGMA_MAX)
+    y.mul_(scale)
+    gram.mul_(scale).mul_(scale.mT)
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def _sum(blocks: Sequence[Tensor]) -> Tensor:
     """The sum in the order of the members, rounded once."""
     first = blocks[0]
-    total = first.to(torch.float32 if first.dtype in (torch.float16, torch.bfloat16) else first.dtype, copy=True)
+    total = first.to(_sum_dtype(first.dtype), copy=True)
     for block in blocks[1:]:
         total.add_(block)
     return total.to(first.dtype)

@@ -364,7 +364,7 @@ def test_upstreams_slowest_rank(
     ],
 )
 def test_teams_even_out_large_grids(model: str, sizes: dict[str, int]) -> None:
-    """Few matrices for many ranks: shared by the ranks of a node, the slowest rank does little more than the ideal share."""
+    """Few matrices for many ranks: shared by the ranks of nodes, so that the slowest does little more than its part."""
     plan = plan_model(load_model(model), Layout(**sizes))
     alone = plan_model(load_model(model), Layout(**sizes), Settings(muon=MuonConfig(max_team_size=1)))
     for shared, single in zip(plan.stages, alone.stages, strict=True):
