@@ -26,6 +26,7 @@ from megatron_muon.cost_model import Kind, ShareCosts
 _LEAST_GAIN = 0.02
 _PRECISION = 0.005
 _MOST_SEARCHES = 16
+# Of the load that the teams of a class had before, tried in turn.
 _GROWTH = (0.5, 0.6, 0.7, 0.8, 0.9, 1 - _LEAST_GAIN)
 _FULL = np.iinfo(np.int64).max // 4
 
@@ -156,9 +157,12 @@ class _Ranks:
     def pick_nodes(self, level: NDArray[np.int64], count: int, held: Mapping[int, int]) -> list[list[int]]:
         """Members of the `count` nodes of least `level`; of equal ones those that hold most, then the lowest."""
         reach = np.partition(level, count - 1)[count - 1]
+        by_node: dict[int, int] = defaultdict(int)
+        for rank, numel in held.items():
+            by_node[self.node_index[rank]] += numel
         order = sorted(
             np.flatnonzero(level <= reach).tolist(),
-            key=lambda i: (level[i], -sum(held.get(r, 0) for r in self.members[i]), self.members[i][0]),
+            key=lambda i: (level[i], -by_node.get(i, 0), self.members[i][0]),
         )
         return [self.members[i] for i in order[:count]]
 

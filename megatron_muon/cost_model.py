@@ -61,18 +61,18 @@ def alone_flops(count: int, rows: int, cols: int, steps: int, dtype: torch.dtype
     return count * newton_schulz_flops(rows, cols, steps, dtype=dtype, device_type=device_type)
 
 
-def band_flops(short: int, band: int, own_rows: int, steps: int, *, divided: bool) -> int:
+def band_flops(short: int, band: int, own_area: int, steps: int, *, divided: bool) -> int:
     """Floating-point operations of a team member, `band` of the long side its own and `short` the other side.
 
     Args:
         short: The short side of the matrix.
         band: Columns that the member holds, along the long side.
-        own_rows: Rows of the polynomial that the member computes, if it is divided.
+        own_area: Elements of the polynomial that the member computes, if it is divided.
         steps: Number of iterations.
         divided: See `team`.
     """
     if divided:
-        return steps * (4 * short * short * band + 2 * short * short * own_rows)
+        return steps * (4 * short * short * band + 2 * short * own_area)
     return steps * 6 * short * short * band
 
 
@@ -83,15 +83,24 @@ def band_stages(steps: int, *, divided: bool, groups: int) -> int:
 
 def band_sent_bytes(short: int, seat: Seat, steps: int, itemsize: int, *, divided: bool) -> tuple[int, int]:
     """Bytes that a member sends in all stages: (to members of its group, to members of other groups)."""
-    start, stop = seat.near_rows(short, seat.member)
-    first, last = seat.own_rows(short)
     gathers = 2 if divided else 1
-    near = (short - (stop - start)) + gathers * (stop - start) * (seat.group_size - 1)
-    far = (stop - start) - (last - first) + gathers * (last - first) * (seat.groups - 1)
+    near_areas = {member: _area(seat.near_rows(short, member)) for member in seat.near}
+    far_areas = {member: own_area(short, seat, member) for member in seat.far}
+    near = sum(near_areas.values()) + near_areas[seat.member] * (gathers * (seat.group_size - 1) - 1)
+    far = sum(far_areas.values()) + far_areas[seat.member] * (gathers * (seat.groups - 1) - 1)
     return (
-        _NORM_BYTES * (seat.group_size - 1) + steps * itemsize * short * near,
-        _NORM_BYTES * (seat.size - seat.group_size) + steps * itemsize * short * far,
+        _NORM_BYTES * (seat.group_size - 1) + steps * itemsize * near,
+        _NORM_BYTES * (seat.size - seat.group_size) + steps * itemsize * far,
     )
+
+
+def own_area(short: int, seat: Seat, member: int) -> int:
+    """Elements that a member has of a symmetric matrix of `short` rows: its rows' columns up to the last row's."""
+    return _area(seat.rows(short, member))
+
+
+def _area(rows: tuple[int, int]) -> int:
+    return (rows[1] - rows[0]) * rows[1]
 
 
 Kind = Literal["across", "node", "nodes"]
@@ -126,13 +135,13 @@ def band_cost(
 ) -> tuple[int, bool]:
     """The cost of a member that has most to do, and whether dividing the polynomial makes it that cheap."""
     seat = Seat(size - 1, size, groups)
-    first, last = seat.own_rows(short)
+    area = own_area(short, seat, seat.member)
     options = []
     for divided in (False, True):
         near, far = band_sent_bytes(short, seat, steps, itemsize, divided=divided)
         if kind == "across":
             near, far = 0, near + far
-        flops = band_flops(short, -(-long // size), last - first, steps, divided=divided)
+        flops = band_flops(short, -(-long // size), area, steps, divided=divided)
         stages = band_stages(steps, divided=divided, groups=groups)
         options.append((flops + cost.as_flops(near, far, stages), divided))
     return min(options)

@@ -95,8 +95,14 @@ def band_update(
         The talk, whose result is `collected`.
     """
     wide = collected if dim == 1 else collected.mT
-    schedule = coefficients(config.coefficients, config.ns_steps)
-    update = yield from orthogonalize_band(wide.to(TORCH_DTYPES[config.ns_dtype]), seat, schedule, divided=divided)
+    update = yield from orthogonalize_band(
+        wide,
+        seat,
+        coefficients(config.coefficients, config.ns_steps),
+        divided=divided,
+        dtype=TORCH_DTYPES[config.ns_dtype],
+        scaling=scaling_for(config.coefficients),
+    )
     wide.copy_(update.float().mul_(scale_factor(rows, cols, config)))
     return collected
 

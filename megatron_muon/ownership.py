@@ -10,7 +10,7 @@ from functools import cached_property
 
 import torch
 
-from megatron_muon.cost_model import alone_flops, band_flops, band_sent_bytes, band_stages
+from megatron_muon.cost_model import alone_flops, band_flops, band_sent_bytes, band_stages, own_area
 from megatron_muon.matrices import MatrixSpec
 from megatron_muon.shares import Share, is_single, max_shares, share_run, share_shape, shares
 from megatron_muon.team import Seat
@@ -233,10 +233,8 @@ class OwnershipPlan:
             extent = share.stop - share.start
             count = count * extent // self.spec(item).joined_shape(item.part)[share.dim]
             return alone_flops(count, rows, cols, self.ns_steps, self.ns_dtype, self.device_type)
-        first, last = team.seat(item.share).own_rows(team.short)
-        return band_flops(
-            team.short, share.stop - share.start, last - first, self.ns_steps, divided=team.method.divided
-        )
+        area = own_area(team.short, team.seat(item.share), item.share)
+        return band_flops(team.short, share.stop - share.start, area, self.ns_steps, divided=team.method.divided)
 
     @cached_property
     def rank_flops(self) -> tuple[int, ...]:

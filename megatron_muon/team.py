@@ -2,10 +2,11 @@
 
 With X = (X_1 ... X_k), m x n, and member i holding the columns X_i, everything but the sum G = sum_i X_i X_i^T is
 local: X_i <- (a I + b G + c G^2) X_i. Each step all-reduces the m x m partial products, as a reduce-scatter of row
-blocks and an all-gather, so that every member works with the same bits of G. The polynomial is applied in one of two
-ways: with Y = G X_i as a X_i + b Y + c G Y, nothing of which is done twice, or *divided*: each member computes its row
-block of P = b G + c G^2, the blocks are gathered, and X_i <- a X_i + P X_i. The first does 6 m^2 n operations a step in
-all, the second 4 m^2 n + 2 m^3 and another all-gather.
+blocks and an all-gather, so that every member works with the same bits of G. G is symmetric, so that a block of rows
+[a, b) travels as its columns [0, b), and blocks are cut such that these have equal areas. The polynomial is applied in
+one of two ways: with Y = G X_i as a X_i + b Y + c G Y, nothing of which is done twice, or *divided*: each member
+computes its block of P = b G + c G^2, the blocks are gathered, and X_i <- a X_i + P X_i. The first does 6 m^2 n
+operations a step in all, the second 4 m^2 n + m^3 and another all-gather.
 
 A team that spans nodes reduces within each node first and between nodes only what is left, a part of G as small as
 the node is large.
@@ -13,14 +14,16 @@ the node is large.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from megatron_muon.lockstep import Message, Talk
-from megatron_muon.newton_schulz import Schedule, check_schedule
+from megatron_muon.newton_schulz import AOL_SIGMA_MAX, Scaling, Schedule, check_schedule
 
 
 @dataclass(frozen=True)
@@ -61,45 +64,75 @@ class Seat:
         group, place = divmod(member, self.group_size)
         return place * self.groups + group
 
-    def rows(self, total: int, first: int, last: int) -> tuple[int, int]:
-        """The rows [start, stop) of blocks [first, last) of `total` rows."""
-        return total * first // self.size, total * last // self.size
-
-    def own_rows(self, total: int) -> tuple[int, int]:
-        return self.rows(total, self.block(self.member), self.block(self.member) + 1)
+    def rows(self, total: int, member: int) -> tuple[int, int]:
+        """The rows [start, stop) of `total` that a member ends up with."""
+        bounds, block = block_bounds(total, self.size), self.block(member)
+        return bounds[block], bounds[block + 1]
 
     def near_rows(self, total: int, member: int) -> tuple[int, int]:
-        """The rows that the `far` members of a member of the own group end up with together."""
-        first = member % self.group_size * self.groups
-        return self.rows(total, first, first + self.groups)
+        """The rows that a member's `far` members end up with together, itself included."""
+        bounds, first = block_bounds(total, self.size), member % self.group_size * self.groups
+        return bounds[first], bounds[first + self.groups]
 
 
-def orthogonalize_band(x: Tensor, seat: Seat, schedule: Schedule, *, divided: bool, eps: float = 1e-7) -> Talk:
+@lru_cache(maxsize=1024)
+def block_bounds(total: int, count: int) -> tuple[int, ...]:
+    """Cuts `total` rows into `count` blocks [a, b) of nearly equal area (b - a) b: what is sent of a symmetric matrix.
+
+    From b_i (b_i - b_{i-1}) = 1 for all i follows b_i; the scale does not matter.
+    """
+    ends = [0.0]
+    for _ in range(count):
+        ends.append((ends[-1] + math.sqrt(ends[-1] ** 2 + 4.0)) / 2.0)
+    return tuple(round(total * end / ends[-1]) for end in ends)
+
+
+def orthogonalize_band(
+    x: Tensor,
+    seat: Seat,
+    schedule: Schedule,
+    *,
+    divided: bool,
+    dtype: torch.dtype,
+    scaling: Scaling = "frobenius",
+    eps: float = 1e-7,
+) -> Talk:
     """A member's part of orthogonalizing (X_1 ... X_k); the counterpart of `newton_schulz.orthogonalize`.
 
-    All of it is in the data type of `x`, but norms and sums of 16-bit numbers are in float32. The members' results are
+    The norm is that of `x` and taken in its data type; sums of 16-bit numbers are in float32. The members' results are
     those of one rank up to the order of sums, and the same in every run.
 
     Args:
-        x: This member's columns (m, n_i), n_i >= 1, of a matrix with m <= sum n_i. Not mutated.
+        x: This member's columns (m, n_i), n_i >= 1, of a matrix with m <= sum n_i, in float32 or float64. Not mutated.
         seat: The member's place.
         schedule: Quintics from `coefficients`.
         divided: Whether to divide the polynomial; the same for all members.
+        dtype: Data type of the iterations and of what members send.
+        scaling: That the schedule needs; see `newton_schulz.scaling_for`.
         eps: Relative margin below a spectral norm of one.
 
     Returns:
-        The talk, whose result is the member's columns of U p(S) V^T.
+        The talk, whose result is the member's columns of U p(S) V^T, in `dtype`.
 
     Raises:
-        ValueError: If the schedule needs another scaling than the Frobenius norm.
+        ValueError: Before anything is said, if the schedule does not orthogonalize under this scaling.
     """
-    check_schedule(schedule, "frobenius")
-    y = yield from _normalized(x, seat, eps)
-    for a, b, c in schedule:
+    check_schedule(schedule, scaling)
+    return _talk(x, seat, schedule, divided, dtype, scaling, eps)
+
+
+def _talk(
+    x: Tensor, seat: Seat, schedule: Schedule, divided: bool, dtype: torch.dtype, scaling: Scaling, eps: float
+) -> Talk:
+    # Normalized before the cast: gradients may lie outside float16's range.
+    y = (yield from _normalized(x, seat, max(eps, torch.finfo(dtype).eps))).to(dtype)
+    for step, (a, b, c) in enumerate(schedule):
         gram = yield from _all_reduce(y @ y.mT, seat)
+        if step == 0 and scaling == "aol":
+            _scale_aol(y, gram)
         if divided:
-            start, stop = seat.own_rows(len(gram))
-            own = torch.addmm(gram[start:stop], gram[start:stop], gram, beta=b, alpha=c)
+            start, stop = seat.rows(len(gram), seat.member)
+            own = torch.addmm(gram[start:stop, :stop], gram[start:stop], gram[:, :stop], beta=b, alpha=c)
             polynomial = yield from _all_gather(own, seat, len(gram))
             y = torch.addmm(y, polynomial, y, beta=a)
         else:
@@ -109,30 +142,46 @@ def orthogonalize_band(x: Tensor, seat: Seat, schedule: Schedule, *, divided: bo
 
 
 def _normalized(x: Tensor, seat: Seat, eps: float) -> Generator[Message, Sequence[Tensor], Tensor]:
-    """x over (1 + eps) times the norm of the whole matrix.
+    """x over (1 + eps) times the norm of the whole matrix; zero stays zero.
 
     As in `newton_schulz.normalize`, squares are taken of entries scaled by a power of two, so that none under- or
     overflows whatever the scale of the input. Members differ in that power, so that it travels with the norm.
     """
-    dtype = torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype
-    limits = torch.finfo(dtype)
-    peak = x.abs().amax().to(dtype).clamp_(limits.tiny, limits.max / 2)
+    limits = torch.finfo(x.dtype)
+    peak = x.abs().amax().clamp_(limits.tiny, limits.max / 2)
     unit = peak / torch.frexp(peak).mantissa
-    scaled = torch.div(x, unit.view(1, 1), out=torch.empty_like(x))
-    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(scaled, dim=1, dtype=dtype))
+    scaled = x / unit
+    # Rows first, as there.
+    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(scaled, dim=1))
     received = yield Message([torch.stack([unit, norm])] * seat.size, [(2,)] * seat.size)
     units, norms = torch.stack(list(received)).unbind(dim=1)
     # Powers of two: dividing by another one than before is exact, but for what is too small to matter.
     unit = units.amax()
     total = torch.linalg.vector_norm(norms * (units / unit))
-    total.mul_(1.0 + max(eps, torch.finfo(x.dtype).eps)).clamp_(min=limits.tiny)
-    return torch.div(x, unit.view(1, 1), out=scaled).div_(total.view(1, 1))
+    total.mul_(1.0 + eps).clamp_(min=limits.tiny)
+    return torch.div(x, unit, out=scaled).div_(total)
+
+
+def _scale_aol(y: Tensor, gram: Tensor) -> None:
+    """Scales rows so that no singular value exceeds `AOL_SIGMA_MAX`, as `newton_schulz` does. Mutates both.
+
+    Every member computes the same factors: it has all of the Gram matrix, and all rows of its columns.
+    """
+    dtype = _sum_dtype(y.dtype)
+    sums = torch.linalg.vector_norm(gram, ord=1, dim=1, keepdim=True, dtype=dtype)
+    scale = sums.clamp_(min=torch.finfo(dtype).tiny).rsqrt_().mul_(AOL_SIGMA_MAX)
+    y.mul_(scale)
+    gram.mul_(scale).mul_(scale.mT)
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def _sum(blocks: Sequence[Tensor]) -> Tensor:
     """The sum in the order of the members, rounded once."""
     first = blocks[0]
-    total = first.to(torch.float32 if first.dtype in (torch.float16, torch.bfloat16) else first.dtype, copy=True)
+    total = first.to(_sum_dtype(first.dtype), copy=True)
     for block in blocks[1:]:
         total.add_(block)
     return total.to(first.dtype)
@@ -151,31 +200,40 @@ def _among(
 
 
 def _all_reduce(partial: Tensor, seat: Seat) -> Generator[Message, Sequence[Tensor], Tensor]:
-    """The sum of the members' square matrices, the same bits for all."""
+    """The sum of the members' symmetric matrices, the same bits for all."""
     total = len(partial)
     near = [seat.near_rows(total, member) for member in seat.near]
     start, stop = seat.near_rows(total, seat.member)
     blocks = yield from _among(
-        seat.near, seat, [partial[a:b] for a, b in near], [(stop - start, total)] * seat.group_size
+        seat.near, seat, [partial[a:b, :b] for a, b in near], [(stop - start, stop)] * seat.group_size
     )
     own = _sum(blocks)
     if seat.groups > 1:
-        far = [seat.rows(total, seat.block(member), seat.block(member) + 1) for member in seat.far]
-        first, last = seat.own_rows(total)
+        far = [seat.rows(total, member) for member in seat.far]
+        first, last = seat.rows(total, seat.member)
         blocks = yield from _among(
-            seat.far, seat, [own[a - start : b - start] for a, b in far], [(last - first, total)] * seat.groups
+            seat.far, seat, [own[a - start : b - start, :b] for a, b in far], [(last - first, last)] * seat.groups
         )
         own = _sum(blocks)
     return (yield from _all_gather(own, seat, total))
 
 
 def _all_gather(own: Tensor, seat: Seat, total: int) -> Generator[Message, Sequence[Tensor], Tensor]:
-    """The rows of all members, `total` in all, from each one's `own_rows`."""
-    cols = own.shape[1]
+    """The whole symmetric matrix of `total` rows, from each member's `rows`, columns up to the last row's."""
     if seat.groups > 1:
-        far = [seat.rows(total, seat.block(member), seat.block(member) + 1) for member in seat.far]
-        blocks = yield from _among(seat.far, seat, [own] * seat.groups, [(b - a, cols) for a, b in far])
-        own = torch.cat(blocks)
+        far = [seat.rows(total, member) for member in seat.far]
+        blocks = yield from _among(seat.far, seat, [own] * seat.groups, [(b - a, b) for a, b in far])
+        own = _assembled(blocks, far)
     near = [seat.near_rows(total, member) for member in seat.near]
-    blocks = yield from _among(seat.near, seat, [own] * seat.group_size, [(b - a, cols) for a, b in near])
-    return torch.cat(blocks)
+    blocks = yield from _among(seat.near, seat, [own] * seat.group_size, [(b - a, b) for a, b in near])
+    return _assembled(blocks, near)
+
+
+def _assembled(blocks: Sequence[Tensor], rows: Sequence[tuple[int, int]]) -> Tensor:
+    """Consecutive row blocks of a symmetric matrix up to the last row's column, what they lack being mirrored."""
+    first, last = rows[0][0], rows[-1][1]
+    out = blocks[0].new_empty(last - first, last)
+    for block, (start, stop) in zip(blocks, rows, strict=True):
+        out[start - first : stop - first, :stop] = block
+        out[: start - first, start:stop] = block[:, first:start].mT
+    return out

@@ -364,12 +364,14 @@ def test_upstreams_slowest_rank(
     ],
 )
 def test_teams_even_out_large_grids(model: str, sizes: dict[str, int]) -> None:
-    """Few matrices for many ranks: shared by the ranks of a node, the slowest rank is within 1.5 of the ideal."""
+    """Few matrices for many ranks: shared by the ranks of nodes, so that the slowest does little more than its part."""
     plan = plan_model(load_model(model), Layout(**sizes))
     alone = plan_model(load_model(model), Layout(**sizes), Settings(muon=MuonConfig(max_team_size=1)))
     for shared, single in zip(plan.stages, alone.stages, strict=True):
         assert max(estimate(plan, OURS).team_bytes) > 0 == max(estimate(alone, OURS).team_bytes)
-        assert (shared.imbalance(OURS) or 0.0) <= 1.5 < (single.imbalance(OURS) or 0.0)
+        together, apart = shared.imbalance(OURS), single.imbalance(OURS)
+        assert together is not None and apart is not None
+        assert together <= 1.35 and together < apart
 
 
 @pytest.mark.parametrize(
@@ -398,7 +400,9 @@ def test_what_holds_for_every_layout(model: str, sizes: dict[str, int]) -> None:
         for name in SCHEMES:
             found = stage.schemes[name]
             assert found is not None
-            assert found.flops_mean >= stage.ideal_flops * (1 - 1e-9)
+            # Of one of three products a team that divides it computes half: at squares, 5/6 of the FLOPs are left.
+            least = 5 / 6 if name == OURS else 1.0
+            assert found.flops_mean >= stage.ideal_flops * (least - 1e-9)
             assert sum(found.momentum_bytes) == 4 * (
                 dense * layout.stage_ranks // dense_grid.dp + experts * layout.stage_ranks // expert_grid.dp
             )

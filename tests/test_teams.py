@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,16 +16,17 @@ from megatron_muon import team as team_module
 from megatron_muon.config import MuonConfig
 from megatron_muon.lockstep import Talk
 from megatron_muon.matrices import Blocks, MatrixSpec, Part, gated, interleaved, whole
-from megatron_muon.newton_schulz import coefficients, orthogonalize
+from megatron_muon.newton_schulz import CoefficientSet, coefficients, orthogonalize, scaling_for
 from megatron_muon.optimizer import MOMENTUM, ShardedMuon
 from megatron_muon.plan import CostModel, Method, OwnershipPlan, PlanOptions, ShardedMatrix, Slice, build_plan
 from megatron_muon.reference import ReferenceMuon
 from megatron_muon.shares import max_shares
-from megatron_muon.team import Seat, orthogonalize_band
+from megatron_muon.team import Seat, block_bounds, orthogonalize_band
 from tests.distributed import run_ranks
 from tests.models import normal
 
 SCHEDULE = coefficients("keller", 5)
+STEPS_OF = {"deepseek_v4": 10, "aol": 4}
 
 
 def tolerance(m: int, n: int, steps: int = 5) -> float:
@@ -60,13 +61,26 @@ def converse(talks: Sequence[Talk]) -> list[Tensor]:
     return [results[i] for i in range(len(talks))]
 
 
-def by_team(x: Tensor, size: int, *, groups: int = 1, divided: bool = False) -> Tensor:
+def by_team(
+    x: Tensor,
+    size: int,
+    *,
+    groups: int = 1,
+    divided: bool = False,
+    dtype: torch.dtype = torch.float32,
+    coefficient_set: str = "keller",
+) -> Tensor:
     """Orthogonalizes with bands along the columns."""
     bounds = [x.shape[1] * i // size for i in range(size + 1)]
     bands = [x[:, a:b].clone() for a, b in itertools.pairwise(bounds)]
+    schedule, scaling = coefficients(coefficient_set, STEPS_OF.get(coefficient_set, 5)), scaling_for(coefficient_set)
     results = converse(
-        [orthogonalize_band(band, Seat(i, size, groups), SCHEDULE, divided=divided) for i, band in enumerate(bands)]
+        [
+            orthogonalize_band(band, Seat(i, size, groups), schedule, divided=divided, dtype=dtype, scaling=scaling)
+            for i, band in enumerate(bands)
+        ]
     )
+    assert {result.dtype for result in results} == {dtype}
     for band, (a, b) in zip(bands, itertools.pairwise(bounds), strict=True):
         assert torch.equal(band, x[:, a:b]), "the input is not mutated"
     return torch.cat(results, dim=1)
@@ -128,14 +142,47 @@ def test_half_precision_sums_in_float32_and_rounds_once() -> None:
     assert team_module._sum(blocks).item() == 1 + 2.0**-7
 
 
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e9])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(dtype: torch.dtype) -> None:
-    """Newton-Schulz in half precision is itself off by rounding times growth; a team is off by no more."""
+def test_half_precision(dtype: torch.dtype, scale: float) -> None:
+    """Newton-Schulz in half precision is itself off by rounding times growth; a team is off by no more.
+
+    Not even where the gradient is outside the range of float16.
+    """
     x = normal("half", (8, 64))
     exact = orthogonalize(x.double(), SCHEDULE)
     alone = (orthogonalize(x.to(dtype), SCHEDULE, method="standard").double() - exact).norm()
-    together = (by_team(x.to(dtype), 4).double() - exact).norm()
+    together = (by_team(x * scale, 4, dtype=dtype).double() - exact).norm()
     assert together <= 3 * alone
+
+
+@pytest.mark.parametrize("coefficient_set", get_args(CoefficientSet))
+@pytest.mark.parametrize("groups", [1, 2])
+def test_every_coefficient_set(coefficient_set: str, groups: int) -> None:
+    x = normal("sets", (8, 24))
+    schedule = coefficients(coefficient_set, STEPS_OF.get(coefficient_set, 5))
+    expected = orthogonalize(x.double(), schedule, scaling=scaling_for(coefficient_set))
+    got = by_team(x, 4, groups=groups, coefficient_set=coefficient_set)
+    # In float64 against float32: rounding of 2^-24 grows by the largest slope at zero of any set, 8.3 * 4.1^4.
+    assert (got - expected).abs().max() <= 3 * 24**0.5 * 2.0**-24 * 8.3 * 4.1**4
+
+
+def test_a_schedule_that_needs_another_scaling_is_refused_before_anything_is_said() -> None:
+    with pytest.raises(ValueError, match="scale with scaling='aol'"):
+        orthogonalize_band(torch.ones(2, 3), Seat(0, 2), coefficients("aol", 4), divided=False, dtype=torch.float32)
+
+
+def test_blocks_of_symmetric_matrices_are_of_equal_area() -> None:
+    for count in (1, 2, 3, 8, 64):
+        bounds = block_bounds(100_000, count)
+        areas = [(b - a) * b for a, b in itertools.pairwise(bounds)]
+        assert (bounds[0], bounds[-1], len(bounds)) == (0, 100_000, count + 1)
+        assert max(areas) <= 1.01 * min(areas)
+        # Little more than half of the matrix.
+        assert sum(areas) <= 1e10 * (0.5 + 0.5 / count**0.5)
+    # Fewer rows than members: some have none.
+    few = block_bounds(2, 5)
+    assert (few[0], few[-1]) == (0, 2) and list(few) == sorted(few)
 
 
 def test_a_lost_partial_product_shows(monkeypatch: pytest.MonkeyPatch) -> None:
