@@ -73,6 +73,13 @@ def _initialize_megatron(original: Callable[..., Any]) -> Callable[..., Any]:
     return initialize_megatron
 
 
+def _warmup_jit_function(original: Callable[..., None]) -> Callable[..., None]:
+    def warmup_jit_function(tp_size: int | None = None) -> None:
+        """Nothing: no function is compiled, and its random inputs would come from the generator of the weights."""
+
+    return warmup_jit_function
+
+
 def redirects() -> list[Redirect]:
     """The table of Megatron's functions. megatron.training's are left out where only megatron-core is installed."""
     rng = "megatron.core.tensor_parallel.random"
@@ -96,6 +103,14 @@ def redirects() -> list[Redirect]:
         ),
     ]
     if importlib.util.find_spec("megatron.training") is not None:
+        table += [
+            Redirect(
+                "megatron.training.initialize:_warmup_jit_function",
+                _warmup_jit_function,
+                "draws from the generator of the initial weights, by an amount that depends on the layout",
+                ("tp_size",),
+            ),
+        ]
         table += [
             Redirect(
                 f"{module}:initialize_megatron",
