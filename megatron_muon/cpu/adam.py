@@ -6,6 +6,7 @@ per parameter. Three methods go wrong for it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ def _optimizer_state_dict(original: Callable[..., dict[str, Any]]) -> Callable[.
     the load of a checkpoint fails. The state that Adam itself would start with is made here.
     """
 
+    @functools.wraps(original)
     def state_dict(self: Any) -> dict[str, Any]:
         inner = self.optimizer
         if isinstance(inner, torch.optim.Adam) and not inner.state:
@@ -43,6 +45,7 @@ def _load_optimizer_state_dict(original: Callable[..., None]) -> Callable[..., N
     each of them. Main parameters of an fp32 run are views of the model's, which autograd guards.
     """
 
+    @functools.wraps(original)
     def load_state_dict(self: Any, state_dict: dict[str, Any]) -> None:
         with torch.no_grad():
             original(self, state_dict)
@@ -59,6 +62,7 @@ def _set_optimizer_states(original: Callable[..., None]) -> Callable[..., None]:
     One checkpoint format has no such entry and fails; the other has that of the optimizer before the load.
     """
 
+    @functools.wraps(original)
     def set_main_param_and_optimizer_states(
         self: Any, model_param: torch.nn.Parameter, tensors: dict[str, Any]
     ) -> None:

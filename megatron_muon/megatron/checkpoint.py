@@ -249,8 +249,8 @@ def _entry_of_kind(entries: Mapping[int, dict[str, Any]], position: int, kind: s
             return {k: v for k, v in entry.items() if k != "param_state"}
     found = sorted({str(entry["optimizer"].get("kind")) for entry in entries.values() if "optimizer" in entry})
     raise ValueError(
-        f"the checkpoint's optimizers are {', '.join(found) or 'none'}, expected one of kind {kind}; convert the "
-        "checkpoint with `python -m megatron_muon convert`, or load it with --no-load-optim"
+        f"the checkpoint's optimizers are {', '.join(found) or 'none'}, expected one of kind {kind}; load it "
+        "with --no-load-optim"
     )
 
 
