@@ -211,14 +211,16 @@ def test_a_second_install_does_nothing() -> None:
 
 
 def streams_and_events(rank: int, world_size: int) -> tuple[float, float]:
-    default, side = torch.cuda.default_stream(), torch.cuda.Stream()
+    default, side, other = torch.cuda.default_stream(), torch.cuda.Stream(), torch.cuda.Stream()
     assert torch.cuda.current_stream() is default
     context = torch.cuda.stream(side)
     for _ in range(2):  # DistributedDataParallel enters one context twice
         with context:
             assert torch.cuda.current_stream() is side
-            with torch.cuda.stream(None), torch.cuda.stream(default):
-                assert torch.cuda.current_stream() is default
+            with torch.cuda.stream(None), torch.cuda.stream(other):
+                with context:
+                    assert torch.cuda.current_stream() is side
+                assert torch.cuda.current_stream() is other
         assert torch.cuda.current_stream() is default
     side.wait_stream(default)
     assert side != default
