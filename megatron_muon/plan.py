@@ -60,8 +60,7 @@ class PlanOptions:
         return cls(
             ns_dtype=TORCH_DTYPES[muon.ns_dtype],
             exchange_dtype=TORCH_DTYPES[muon.exchange_dtype],
-            # A band of a matrix can be scaled for neither fp16 nor the aol coefficients before its team has met.
-            max_team_size=1 if muon.ns_dtype == "fp16" or muon.coefficients == "aol" else muon.max_team_size,
+            max_team_size=muon.max_team_size,
             buffer_bytes=muon.exchange_buffer_mb * 2**20,
             node_of=tuple(node_of) if node_of is not None else None,
             cost=cost,
