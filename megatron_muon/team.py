@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_muon.lockstep import Message, Talk
-from megatron_muon.newton_schulz import AOL_SIGMA_MAX, Scaling, Schedule, check_schedule
+from megatron_muon.newton_schulz import AOL_SIGMA_MAX, Scaling, Schedule, accumulation_dtype, check_schedule
 
 
 @dataclass(frozen=True)
@@ -167,21 +167,17 @@ def _scale_aol(y: Tensor, gram: Tensor) -> None:
 
     Every member computes the same factors: it has all of the Gram matrix, and all rows of its columns.
     """
-    dtype = _sum_dtype(y.dtype)
+    dtype = accumulation_dtype(y.dtype)
     sums = torch.linalg.vector_norm(gram, ord=1, dim=1, keepdim=True, dtype=dtype)
     scale = sums.clamp_(min=torch.finfo(dtype).tiny).rsqrt_().mul_(AOL_SIGMA_MAX)
     y.mul_(scale)
     gram.mul_(scale).mul_(scale.mT)
 
 
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
-
-
 def _sum(blocks: Sequence[Tensor]) -> Tensor:
     """The sum in the order of the members, rounded once."""
     first = blocks[0]
-    total = first.to(_sum_dtype(first.dtype), copy=True)
+    total = first.to(accumulation_dtype(first.dtype), copy=True)
     for block in blocks[1:]:
         total.add_(block)
     return total.to(first.dtype)

@@ -28,8 +28,8 @@ from megatron_muon.plan import (
 )
 from megatron_muon.rounds import Load, make_rounds
 from megatron_muon.shares import collected_strips, max_shares, shares, stored_strips
+from tests.plans import FREE, evenly, sharded
 
-FREE = CostModel(flops_per_s=1.0, bytes_per_s=1e30, node_bytes_per_s=1e30, latency_s=0.0)
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
 
@@ -66,25 +66,6 @@ def grids(draw: st.DrawFn) -> tuple[list[ShardedMatrix], list[int]]:
     total = sum(spec.local_numel for spec in specs)
     cuts = [0, *sorted(draw(st.lists(st.integers(0, total), min_size=dp - 1, max_size=dp - 1))), total]
     return sharded(specs, cuts, tp), [rank % tp for rank in range(tp * dp)]
-
-
-def sharded(specs: list[MatrixSpec], cuts: list[int], tp: int) -> list[ShardedMatrix]:
-    """Rank dp_rank * tp + tp_rank stores [cuts[dp_rank], cuts[dp_rank + 1]) of the specs' local tensors in a row."""
-    out, at = [], 0
-    for spec in specs:
-        slices = []
-        for dp_rank, (low, high) in enumerate(itertools.pairwise(cuts)):
-            start, stop = max(low - at, 0), min(high - at, spec.local_numel)
-            if start < stop:
-                slices += [Slice(dp_rank * tp + tp_rank, start, stop) for tp_rank in range(tp)]
-        out.append(ShardedMatrix(spec, tuple(slices)))
-        at += spec.local_numel
-    return out
-
-
-def evenly(specs: list[MatrixSpec], tp: int, dp: int) -> tuple[list[ShardedMatrix], list[int]]:
-    total = sum(spec.local_numel for spec in specs)
-    return sharded(specs, [total * i // dp for i in range(dp + 1)], tp), [rank % tp for rank in range(tp * dp)]
 
 
 def share_anyhow(draw: st.DrawFn, plan: OwnershipPlan) -> OwnershipPlan:

@@ -18,12 +18,13 @@ from megatron_muon.lockstep import Talk
 from megatron_muon.matrices import Blocks, MatrixSpec, Part, gated, interleaved, whole
 from megatron_muon.newton_schulz import CoefficientSet, coefficients, orthogonalize, scaling_for
 from megatron_muon.optimizer import MOMENTUM, ShardedMuon
-from megatron_muon.plan import CostModel, Method, OwnershipPlan, PlanOptions, ShardedMatrix, Slice, build_plan
+from megatron_muon.plan import Method, OwnershipPlan, PlanOptions, build_plan
 from megatron_muon.reference import ReferenceMuon
 from megatron_muon.shares import max_shares
 from megatron_muon.team import Seat, block_bounds, orthogonalize_band
 from tests.distributed import run_ranks
 from tests.models import normal
+from tests.plans import FREE, evenly
 
 SCHEDULE = coefficients("keller", 5)
 STEPS_OF = {"deepseek_v4": 10, "aol": 4}
@@ -195,8 +196,6 @@ def test_a_lost_partial_product_shows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # On ranks.
 
-FREE = CostModel(flops_per_s=1.0, bytes_per_s=1e30, node_bytes_per_s=1e30, latency_s=0.0)
-"""With it sharing always pays, so that the planner makes teams of small matrices too."""
 FP32 = MuonConfig(exchange_dtype="fp32", ns_dtype="fp32", batched=False)
 STEPS, LR, DECAY = 3, 0.02, 0.1
 
@@ -255,22 +254,9 @@ def logical_matrices(spec: MatrixSpec) -> list[tuple[list[int], list[int]]]:
 
 def make_plan(tp: int, dp: int, config: MuonConfig, **options: Any) -> OwnershipPlan:
     """Rank dp_rank * tp + tp_rank; storage is cut where a contiguous buffer would be, in the middle of rows."""
-    everything = specs(tp)
-    total = sum(spec.local_numel for spec in everything)
-    cuts = [total * i // dp for i in range(dp + 1)]
-    matrices, at = [], 0
-    for spec in everything:
-        slices = []
-        for dp_rank, (low, high) in enumerate(itertools.pairwise(cuts)):
-            start, stop = max(low - at, 0), min(high - at, spec.local_numel)
-            if start < stop:
-                slices += [Slice(dp_rank * tp + tp_rank, start, stop) for tp_rank in range(tp)]
-        matrices.append(ShardedMatrix(spec, tuple(slices)))
-        at += spec.local_numel
+    matrices, tp_ranks = evenly(specs(tp), tp, dp)
     settings = PlanOptions(ns_dtype=torch.float32, exchange_dtype=torch.float32, cost=FREE)
-    return build_plan(
-        matrices, [rank % tp for rank in range(tp * dp)], ns_steps=config.ns_steps, options=replace(settings, **options)
-    )
+    return build_plan(matrices, tp_ranks, ns_steps=config.ns_steps, options=replace(settings, **options))
 
 
 def force_teams(plan: OwnershipPlan, size: int, groups: int) -> OwnershipPlan:

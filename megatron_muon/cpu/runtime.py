@@ -110,18 +110,18 @@ def redirects() -> list[Redirect]:
                 "draws from the generator of the initial weights, by an amount that depends on the layout",
                 ("tp_size",),
             ),
-        ]
-        table += [
-            Redirect(
-                f"{module}:initialize_megatron",
-                _initialize_megatron,
-                "asserts that CUDA is available, unless told otherwise",
-                ("allow_no_cuda",),
-            )
-            for module in (
-                "megatron.training.initialize",
-                "megatron.training",
-                "megatron.training.training",
-            )
+            *(
+                Redirect(
+                    f"{module}:initialize_megatron",
+                    _initialize_megatron,
+                    "asserts that CUDA is available, unless told otherwise",
+                    ("allow_no_cuda",),
+                )
+                for module in (
+                    "megatron.training.initialize",
+                    "megatron.training",
+                    "megatron.training.training",
+                )
+            ),
         ]
     return table

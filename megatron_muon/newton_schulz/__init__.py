@@ -33,7 +33,7 @@ from megatron_muon.newton_schulz.cost import (
     restart_segments,
     symmetric_blocks,
 )
-from megatron_muon.newton_schulz.iterations import normalize, orthogonalize
+from megatron_muon.newton_schulz.iterations import accumulation_dtype, normalize, orthogonalize
 
 __all__ = [
     "ALIASES",
@@ -47,6 +47,7 @@ __all__ = [
     "Scaling",
     "Schedule",
     "TorchBackend",
+    "accumulation_dtype",
     "check_schedule",
     "choose_method",
     "coefficients",

@@ -144,12 +144,7 @@ def plan_to_json(plan: ModelPlan) -> dict[str, Any]:
             "muon_numel": plan.model.matrix_numel,
         },
         "layout": {
-            "ranks": layout.num_ranks,
-            "dp": layout.dp,
-            "tp": layout.tp,
-            "pp": layout.pp,
-            "ep": layout.ep,
-            "etp": layout.expert_tp,
+            **layout.sizes,
             "expert_dp": layout.expert_dp,
             "instances": layout.instances,
         },

@@ -67,6 +67,18 @@ class Layout:
         return self.dp * self.tp // (self.ep * self.expert_tp)
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """What a report says of the layout."""
+        return {
+            "ranks": self.num_ranks,
+            "dp": self.dp,
+            "tp": self.tp,
+            "pp": self.pp,
+            "ep": self.ep,
+            "etp": self.expert_tp,
+        }
+
+    @property
     def has_expert_groups(self) -> bool:
         """Experts have buffers and groups of their own; otherwise Megatron treats them as dense weights."""
         return self.ep > 1 or self.expert_tp != self.tp

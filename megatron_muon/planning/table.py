@@ -80,12 +80,7 @@ def _row(plan: ModelPlan) -> dict[str, Any]:
     layout = plan.layout
     return {
         "model": plan.model.name,
-        "ranks": layout.num_ranks,
-        "dp": layout.dp,
-        "tp": layout.tp,
-        "pp": layout.pp,
-        "ep": layout.ep,
-        "etp": layout.expert_tp,
+        **layout.sizes,
         "stage_ranks": layout.stage_ranks,
         "logical_matrices_per_rank": min(s.num_logical_matrices for s in plan.stages) / layout.stage_ranks,
         **{scheme: _worst(plan, scheme) for scheme in (OURS, UPSTREAM, MOONLIGHT)},

@@ -1,0 +1,31 @@
+"""Matrices as data-parallel buffers store them, for tests of plans and of what runs along them."""
+
+from __future__ import annotations
+
+import itertools
+
+from megatron_muon.matrices import MatrixSpec
+from megatron_muon.plan import CostModel, ShardedMatrix, Slice
+
+FREE = CostModel(flops_per_s=1.0, bytes_per_s=1e30, node_bytes_per_s=1e30, latency_s=0.0)
+"""With it sharing always pays, so that the planner makes teams of small matrices too."""
+
+
+def sharded(specs: list[MatrixSpec], cuts: list[int], tp: int) -> list[ShardedMatrix]:
+    """Rank dp_rank * tp + tp_rank stores [cuts[dp_rank], cuts[dp_rank + 1]) of the specs' local tensors in a row."""
+    out, at = [], 0
+    for spec in specs:
+        slices = []
+        for dp_rank, (low, high) in enumerate(itertools.pairwise(cuts)):
+            start, stop = max(low - at, 0), min(high - at, spec.local_numel)
+            if start < stop:
+                slices += [Slice(dp_rank * tp + tp_rank, start, stop) for tp_rank in range(tp)]
+        out.append(ShardedMatrix(spec, tuple(slices)))
+        at += spec.local_numel
+    return out
+
+
+def evenly(specs: list[MatrixSpec], tp: int, dp: int) -> tuple[list[ShardedMatrix], list[int]]:
+    """The specs in one buffer that is cut evenly over `dp` ranks, in the middle of rows, and each rank's TP rank."""
+    total = sum(spec.local_numel for spec in specs)
+    return sharded(specs, [total * i // dp for i in range(dp + 1)], tp), [rank % tp for rank in range(tp * dp)]
