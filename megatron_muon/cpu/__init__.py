@@ -49,6 +49,7 @@ def install() -> None:
         )
     try:
         table = all_redirects()
+        from .products import has_bf16_products, install_fp32_products
         from .runtime import quiet_rng_tracker
     except ImportError as error:
         # Modules of Megatron that this package builds on, imported by its own.
@@ -57,4 +58,6 @@ def install() -> None:
         raise mismatch_error(str(error)) from error
     apply_redirects(table)
     quiet_rng_tracker()
+    if not has_bf16_products():
+        install_fp32_products()
     _installed = True
