@@ -11,6 +11,8 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 
+from megatron_muon.newton_schulz import BACKEND_DTYPES, BackendName, Method, coefficients, scaling_for
+
 Preset = Literal["moonlight", "megatron", "deepseek-v4", "keller"]
 ScaleMode = Literal["rms", "spectral", "unit_rms_norm", "shape_scaling"]
 FloatDtype = Literal["bf16", "fp16", "fp32"]
@@ -38,6 +40,17 @@ class MuonConfig:
     coefficients: str = field(default="keller", metadata={"help": "Newton-Schulz coefficient set"})
     ns_steps: int = field(default=5, metadata={"help": "Newton-Schulz iterations"})
     ns_dtype: FloatDtype = field(default="bf16", metadata={"help": "dtype of the Newton-Schulz iterations"})
+    ns_backend: BackendName = field(
+        default="torch",
+        metadata={
+            "help": "what runs Newton-Schulz: torch, or on CUDA the kernels of emerging-optimizers (bf16) or of "
+            "gram-newton-schulz (bf16, fp16), which need max_team_size 1"
+        },
+    )
+    ns_method: Method = field(
+        default="auto",
+        metadata={"help": "iterate on the matrix, or on its Gram matrix (not in bf16); auto: the cheaper by shape"},
+    )
     exchange_dtype: ExchangeDtype = field(
         default="bf16", metadata={"help": "dtype of slices on the wire, to the owner and back"}
     )
@@ -83,9 +96,33 @@ class MuonConfig:
         self._check(self.exchange_buffer_mb >= 1, "exchange_buffer_mb", "at least 1")
         self._check(self.update_rms > 0, "update_rms", "positive")
         self._check(self.extra_scale_factor > 0, "extra_scale_factor", "positive")
-        from megatron_muon.newton_schulz import coefficients  # the table knows which sets and steps make sense
-
         coefficients(self.coefficients, self.ns_steps)
+        self._check_backend()
+
+    def _check_backend(self) -> None:
+        """Refuses what the Newton-Schulz back end and method do not do; whether they run here is known at `bind`."""
+        if self.ns_backend == "torch":
+            # Forced in bf16, the Gram iteration is far off on decaying spectra.
+            gram_in_bf16 = self.ns_method == "gram" and self.ns_dtype == "bf16"
+            self._check(
+                not gram_in_bf16, "ns_method", "auto or standard with ns_dtype bf16; or set ns_dtype fp32 or fp16"
+            )
+            return
+        dtypes = BACKEND_DTYPES[self.ns_backend]
+        self._check(
+            TORCH_DTYPES[self.ns_dtype] in dtypes, "ns_dtype", f"one that back end {self.ns_backend} takes: {dtypes}"
+        )
+        self._check(
+            self.max_team_size == 1, "max_team_size", f"1: teams multiply with torch, not with {self.ns_backend}"
+        )
+        self._check(
+            scaling_for(self.coefficients) == "frobenius",
+            "coefficients",
+            f"another set with back end {self.ns_backend}",
+        )
+        self._check(
+            self.ns_backend != "emerging" or self.ns_method != "gram", "ns_method", "auto or standard with emerging"
+        )
 
     def _check(self, holds: bool, name: str, expected: str) -> None:
         if not holds:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from megatron_muon.config import TORCH_DTYPES, MuonConfig, scale_factor
 from megatron_muon.lockstep import Talk
-from megatron_muon.newton_schulz import coefficients, normalize, orthogonalize, scaling_for
+from megatron_muon.newton_schulz import coefficients, load_backend, normalize, orthogonalize, scaling_for
 from megatron_muon.team import Seat, orthogonalize_band
 
 
@@ -54,6 +55,12 @@ def in_ns_dtype(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     return normalize(matrix.float()).to(dtype) if dtype == torch.float16 else matrix.to(dtype)
 
 
+@lru_cache(maxsize=8)
+def _backend(name: str, device_type: str) -> Callable[..., Tensor]:
+    """`orthogonalize` of another package's back end, which keeps closures from call to call."""
+    return load_backend(name, device_type).orthogonalize
+
+
 def orthogonalized_updates(views: Sequence[Tensor], config: MuonConfig) -> None:
     """Replaces each logical matrix by its update: Newton-Schulz, then the scale of its own shape.
 
@@ -62,17 +69,20 @@ def orthogonalized_updates(views: Sequence[Tensor], config: MuonConfig) -> None:
         config: Coefficients, steps, scale and whether matrices of equal shape are stacked.
     """
     schedule = coefficients(config.coefficients, config.ns_steps)
-    dtype = TORCH_DTYPES[config.ns_dtype]
+    dtype, scaling = TORCH_DTYPES[config.ns_dtype], scaling_for(config.coefficients)
+    if not views:
+        return
     by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
     for view in views:
         by_shape[view.shape[0], view.shape[1]].append(view)
+    run = orthogonalize if config.ns_backend == "torch" else _backend(config.ns_backend, views[0].device.type)
     for (rows, cols), group in by_shape.items():
         factor = scale_factor(rows, cols, config)
         for stack in [group] if config.batched else [[view] for view in group]:
             matrices = [in_ns_dtype(view, dtype) for view in stack]
             batch = torch.stack(matrices) if len(matrices) > 1 else matrices[0]
             # Scaled in fp32: in bf16 the factor would be rounded before it is applied.
-            update = orthogonalize(batch, schedule, scaling=scaling_for(config.coefficients)).float().mul_(factor)
+            update = run(batch, schedule, method=config.ns_method, scaling=scaling).float().mul_(factor)
             for view, matrix in zip(stack, update if len(matrices) > 1 else [update], strict=True):
                 view.copy_(matrix)
 

@@ -15,6 +15,7 @@ from torch.profiler import record_function
 from megatron_muon.config import TORCH_DTYPES, MuonConfig
 from megatron_muon.exchange import Exchange, _Pending
 from megatron_muon.muon import apply_updates, band_update, momentum_update, orthogonalized_updates
+from megatron_muon.newton_schulz import load_backend
 from megatron_muon.ownership import OwnershipPlan
 from megatron_muon.pipeline import run_rounds
 from megatron_muon.shares import logical_views
@@ -89,6 +90,7 @@ class ShardedMuon(torch.optim.Optimizer):
             raise ValueError(f"bind: the plan was made for {plan.ns_steps} ns_steps, expected {self.muon.ns_steps}")
         rank = dist.get_rank(group) if dist.is_initialized() else 0
         problem = _slices_problem(plan, rank, slices, [p for g in self.param_groups for p in g["params"]])
+        problem = problem or _backend_problem(self.muon, device)
         _compare_over_ranks(plan.fingerprint, problem, group)
         exchange = Exchange(plan, group, TORCH_DTYPES[self.muon.exchange_dtype], device)
         self._binding = _Binding(exchange, dict(slices))
@@ -260,6 +262,15 @@ def _slices_problem(
     return None
 
 
+def _backend_problem(muon: MuonConfig, device: torch.device) -> str | None:
+    """Says why this host cannot run the chosen Newton-Schulz back end; None if it can."""
+    try:
+        load_backend(muon.ns_backend, device.type)
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
 def _compare_over_ranks(fingerprint: str, problem: str | None, group: dist.ProcessGroup | None) -> None:
     """Raises on every rank of the group if any rank has a problem or another plan."""
     gathered: list[Any] = [(fingerprint, problem)]
@@ -268,7 +279,7 @@ def _compare_over_ranks(fingerprint: str, problem: str | None, group: dist.Proce
         dist.all_gather_object(gathered, (fingerprint, problem), group=group)
     problems = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(gathered) if text]
     if problems:
-        raise RuntimeError("slices do not fit the ownership plan: " + "; ".join(problems))
+        raise RuntimeError("Distributed Muon cannot start: " + "; ".join(problems))
     prints = [entry[0] for entry in gathered]
     if len(set(prints)) > 1:
         listed = ", ".join(f"rank {rank}: {entry[:12]}" for rank, entry in enumerate(prints))

@@ -83,7 +83,10 @@ class TestSettings:
             words = [f"--muon-{name}"] if value else [f"--muon-no-{name}"]
         else:
             words = [f"--muon-{name}", str(value)]
-        assert settings(*words) == dataclasses.replace(MuonConfig(), **{field.name: value})
+        # Another back end has no teams.
+        needed = {"max_team_size": 1} if field.name == "ns_backend" else {}
+        words += ["--muon-max-team-size", "1"] * len(needed)
+        assert settings(*words) == dataclasses.replace(MuonConfig(), **{field.name: value, **needed})
 
     @pytest.mark.parametrize("preset", PRESETS)
     def test_unset_flags_take_the_presets_values(self, preset: str) -> None:

@@ -36,6 +36,8 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("ns_steps", True, "expected int"),
     ("ns_dtype", "fp64", "expected one of 'bf16', 'fp16', 'fp32'"),
     ("ns_dtype", "float32", "expected one of 'bf16', 'fp16', 'fp32'"),
+    ("ns_backend", "cuda", "expected one of 'torch', 'emerging', 'gram-newton-schulz'"),
+    ("ns_method", "syrk", "expected one of 'auto', 'standard', 'gram'"),
     ("exchange_dtype", "fp16", "expected one of 'bf16', 'fp32'"),
     ("scale_mode", "RMS", "expected one of 'rms', 'spectral', 'unit_rms_norm', 'shape_scaling'"),
     ("update_rms", 0.0, "expected positive"),
@@ -202,6 +204,8 @@ OTHER_VALUES: dict[str, Any] = dict(
     coefficients="you",
     ns_steps=6,
     ns_dtype="fp32",
+    ns_backend="emerging",
+    ns_method="standard",
     exchange_dtype="fp32",
     scale_mode="spectral",
     update_rms=0.1,
@@ -224,4 +228,24 @@ def test_flag_sets_its_field_and_no_other(name: str) -> None:
     assert value != FIELDS[name].default
     flag = name.replace("_", "-")
     words = [f"--muon-no-{flag}"] if value is False else [f"--muon-{flag}", str(value)]
-    assert config_from_args(parser.parse_args(words)) == MuonConfig(**{name: value})
+    needed = {"max_team_size": 1} if name == "ns_backend" else {}
+    words += [word for n, v in needed.items() for word in (f"--muon-{n.replace('_', '-')}", str(v))]
+    assert config_from_args(parser.parse_args(words)) == MuonConfig(**{name: value, **needed})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(ns_method="gram"), "ns_method: got 'gram', expected auto or standard with ns_dtype bf16"),
+        (dict(ns_backend="emerging"), "max_team_size: got 64, expected 1: teams multiply with torch"),
+        (dict(ns_backend="emerging", ns_dtype="fp32", max_team_size=1), "ns_dtype: got 'fp32', expected one that back"),
+        (dict(ns_backend="emerging", ns_method="gram", max_team_size=1), "ns_method: got 'gram', expected auto or"),
+        (
+            dict(ns_backend="gram-newton-schulz", coefficients="aol", ns_steps=4, max_team_size=1),
+            "coefficients: got 'aol', expected another set with back end",
+        ),
+    ],
+)
+def test_back_ends_that_do_not_fit_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"MuonConfig.{message}"):
+        MuonConfig(**settings)

@@ -291,3 +291,33 @@ def test_update_rms(rows: int, cols: int, update_rms: float) -> None:
     assert rms == pytest.approx(update_rms * p.square().mean().sqrt().item(), rel=1e-5)
     assert p.min() > 0.68 and p.max() < 1.14
     assert 0.68 * update_rms < rms < 1.14 * update_rms
+
+
+def test_the_chosen_back_end_and_method_do_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, str]] = []
+
+    def backend(name: str, device_type: str) -> Any:
+        def run(x: Tensor, schedule: Any, *, method: str, scaling: str) -> Tensor:
+            calls.append((name, method))
+            return torch.full_like(x, 2.0)
+
+        return run
+
+    monkeypatch.setattr("megatron_muon.muon._backend", backend)
+    config = MuonConfig(ns_backend="gram-newton-schulz", ns_method="standard", max_team_size=1, scale_mode="spectral")
+    views = [normal(0, 4, 9), normal(1, 4, 9)]
+    orthogonalized_updates(views, config)
+    assert calls == [("gram-newton-schulz", "standard")]
+    assert all(torch.equal(view, torch.full((4, 9), 6.0)) for view in views)
+
+
+@pytest.mark.parametrize("method", ["standard", "gram"])
+def test_the_method_is_the_chosen_one(method: Any) -> None:
+    config = dataclasses.replace(FP32, ns_method=method, scale_mode="unit_rms_norm")
+    x = normal(3, 8, 32)
+    update = x.clone()
+    orthogonalized_updates([update], config)
+    expected = orthogonalize(x, coefficients("keller", 5), method=method) * math.sqrt(8 / 32)
+    assert same_bits(update, expected)
+    other = orthogonalize(x, coefficients("keller", 5), method="gram" if method == "standard" else "standard") * 0.5
+    assert not torch.equal(update, other)

@@ -411,7 +411,7 @@ def bind_misfits(rank: int, world_size: int, names: list[str]) -> list[str]:
 
 def test_slices_that_do_not_fit_fail_on_every_rank() -> None:
     for messages in run_ranks(bind_misfits, 3, list(MISFITS), timeout_s=60.0):
-        assert messages == [f"slices do not fit the ownership plan: rank 1: {text}" for text, _ in MISFITS.values()]
+        assert messages == [f"Distributed Muon cannot start: rank 1: {text}" for text, _ in MISFITS.values()]
 
 
 def stores_nothing(rank: int, world_size: int) -> tuple[int, list[float]]:
@@ -432,3 +432,19 @@ def test_rank_without_parameters_takes_part() -> None:
     oracle = ReferenceMuon({"w": normal(0, 12).view(4, 3)}, {}, EXACT)
     oracle.step({"w": normal(1, 12).view(4, 3)}, lr=0.1, weight_decay=0.0)
     assert run_ranks(stores_nothing, 2) == [(2, oracle.parameters["w"].flatten().tolist()), (2, [])]
+
+
+def bind_absent_backend(rank: int, world_size: int) -> str:
+    """What a host without CUDA says to another package's kernels."""
+    config = MuonConfig(ns_backend="emerging", max_team_size=1)
+    p = Parameter(torch.zeros(6))
+    optimizer = ShardedMuon([p], lr=0.1, config=config)
+    return message_of(partial(optimizer.bind, one_matrix(rank, world_size), None, {0: p}, CPU))
+
+
+def test_a_back_end_that_this_host_cannot_run_is_refused_on_every_rank() -> None:
+    for message in run_ranks(bind_absent_backend, 2):
+        assert message.startswith(
+            "Distributed Muon cannot start: rank 0: Newton-Schulz back end 'emerging': got device"
+        )
+        assert "rank 1" in message and "take the back end 'torch'" in message

@@ -8,6 +8,7 @@ This package imports nothing else of the project and knows no ranks.
 """
 
 from megatron_muon.newton_schulz.backends import (
+    BACKEND_DTYPES,
     BackendName,
     EmergingSyrkBackend,
     GramPackageBackend,
@@ -38,6 +39,7 @@ from megatron_muon.newton_schulz.iterations import accumulation_dtype, normalize
 __all__ = [
     "ALIASES",
     "AOL_SIGMA_MAX",
+    "BACKEND_DTYPES",
     "BackendName",
     "CoefficientSet",
     "EmergingSyrkBackend",

@@ -6,10 +6,10 @@ A back end is chosen by name and never replaced by another one: what is not avai
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -20,6 +20,15 @@ from megatron_muon.newton_schulz.cost import Method, check_method, restart_segme
 from megatron_muon.newton_schulz.iterations import normalize, orthogonalize
 
 BackendName = Literal["torch", "emerging", "gram-newton-schulz"]
+
+BACKEND_DTYPES: Mapping[str, tuple[torch.dtype, ...]] = MappingProxyType(
+    {
+        "torch": (torch.float16, torch.bfloat16, torch.float32, torch.float64),
+        "emerging": (torch.bfloat16,),
+        "gram-newton-schulz": (torch.float16, torch.bfloat16),
+    }
+)
+"""Data types in which each back end iterates."""
 
 
 class NewtonSchulzBackend(Protocol):
@@ -86,7 +95,7 @@ class EmergingSyrkBackend:
         scaling: Scaling = "frobenius",
     ) -> Tensor:
         """Runs the standard iteration, one matrix after the other: the kernel takes 2-D input."""
-        _refuse(self.name, x, (torch.bfloat16,), method, ("auto", "standard"), scaling)
+        _refuse(self.name, x, method, ("auto", "standard"), scaling)
         check_schedule(schedule, scaling)
         result = normalize(x, eps=eps)
         tall = x.size(-2) > x.size(-1)
@@ -137,7 +146,7 @@ class GramPackageBackend:
         scaling: Scaling = "frobenius",
     ) -> Tensor:
         """Runs the package's Gram iteration, or its standard one for square matrices or if asked to."""
-        _refuse(self.name, x, (torch.float16, torch.bfloat16), method, get_args(Method), scaling)
+        _refuse(self.name, x, method, get_args(Method), scaling)
         check_schedule(schedule, scaling)
         # Normalized here first, for the package's epsilon is absolute; the second time only restores rounding.
         scaled = normalize(x, eps=0.0).view(-1, *x.shape[-2:])
@@ -147,12 +156,12 @@ class GramPackageBackend:
 def _refuse(
     name: str,
     x: Tensor,
-    dtypes: Sequence[torch.dtype],
     method: Method,
     methods: Sequence[str],
     scaling: Scaling,
 ) -> None:
     check_method(method)
+    dtypes = BACKEND_DTYPES[name]
     if x.dim() < 2 or x.dtype not in dtypes:
         expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(
