@@ -32,7 +32,10 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python benchmarks/newton_schulz.py
 	$(BIN)/python benchmarks/plans.py
+	$(BIN)/python benchmarks/plots.py
 	$(BIN)/python benchmarks/overlap.py
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/step.py --growth
 
 clean:
 	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,9 +1,10 @@
 """How much of the exchange hides behind Newton-Schulz: times every all-to-all of a step on Gloo ranks.
 
-    python benchmarks/overlap.py [--ranks 2] [--matrices 16] [--size 768] [--rounds-mb 4] [--steps 5]
+    python benchmarks/overlap.py [--ranks 2] [--matrices 16] [--size 768] [--rounds-mb 4] [--steps 5] [--output DIR]
 
-Each rank prints one line: the step, the time in which an exchange was under way, the time spent waiting for it, the
-share that was hidden, and the same exchange without computation for comparison.
+For each rank, seconds: the step, the time in which an exchange was under way, the time spent waiting for it, the
+share that was hidden, and the same exchange without computation for comparison. Writes overlap.{md,json} and
+overlap.png, the timeline of the last step.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+import megatron_muon.optimizer as optimizer_module
 from megatron_muon.config import MuonConfig
 from megatron_muon.matrices import MatrixSpec, whole
 from megatron_muon.optimizer import ShardedMuon
@@ -36,6 +38,7 @@ class Timeline:
 
     in_flight: list[Span] = field(default_factory=list)
     waiting: list[Span] = field(default_factory=list)
+    computing: list[Span] = field(default_factory=list)
 
     def watch(self, work: Any) -> Any:
         """Notes when a collective that was issued now completes, and returns it with a `wait` that is noted too."""
@@ -60,17 +63,28 @@ class _Watched:
         self.timeline.waiting.append((start, time.perf_counter()))
 
 
-def watch_all_to_alls(timeline: Timeline) -> Callable[[], None]:
-    """Makes asynchronous `all_to_all_single`s of this process known to a timeline; returns what undoes it."""
-    original = dist.all_to_all_single
+def watch(timeline: Timeline) -> Callable[[], None]:
+    """Makes asynchronous `all_to_all_single`s and Newton-Schulz of this process known to a timeline.
+
+    Returns:
+        What undoes it.
+    """
+    all_to_all, compute = dist.all_to_all_single, optimizer_module.orthogonalized_updates
 
     def watched(*args: Any, **kwargs: Any) -> Any:
-        return timeline.watch(original(*args, **kwargs))
+        return timeline.watch(all_to_all(*args, **kwargs))
+
+    def timed(*args: Any, **kwargs: Any) -> None:
+        start = time.perf_counter()
+        compute(*args, **kwargs)
+        timeline.computing.append((start, time.perf_counter()))
 
     def undo() -> None:
-        dist.all_to_all_single = original
+        dist.all_to_all_single = all_to_all
+        optimizer_module.orthogonalized_updates = compute
 
     dist.all_to_all_single = watched
+    optimizer_module.orthogonalized_updates = timed
     return undo
 
 
@@ -94,8 +108,8 @@ def make_plan(world_size: int, matrices: int, size: int, buffer_bytes: int) -> O
     return build_plan(sharded, [0] * world_size, ns_steps=5, options=options)
 
 
-def measure(rank: int, world_size: int, matrices: int, size: int, buffer_bytes: int, steps: int) -> dict[str, float]:
-    """Medians over steps of this rank. Collective; the process group is initialized."""
+def measure(rank: int, world_size: int, matrices: int, size: int, buffer_bytes: int, steps: int) -> dict[str, Any]:
+    """Medians over steps of this rank, and the spans of the last step. Collective; the process group is initialized."""
     plan = make_plan(world_size, matrices, size, buffer_bytes)
     held = {i: s for i, m in enumerate(plan.matrices) for s in m.slices if s.rank == rank}
     generator = torch.Generator().manual_seed(rank)
@@ -111,7 +125,7 @@ def measure(rank: int, world_size: int, matrices: int, size: int, buffer_bytes: 
     for _ in range(steps):
         dist.barrier()
         timeline = Timeline()
-        undo = watch_all_to_alls(timeline)
+        undo = watch(timeline)
         start = time.perf_counter()
         optimizer.step()
         rows["step"].append(time.perf_counter() - start)
@@ -127,6 +141,10 @@ def measure(rank: int, world_size: int, matrices: int, size: int, buffer_bytes: 
         "rounds": len(plan.rounds),
         **medians,
         "waiting_of_alone": medians["waiting"] / medians["alone"],
+        "timeline": {
+            kind: [(1e3 * (a - start), 1e3 * (b - start)) for a, b in getattr(timeline, kind)]
+            for kind in ("in_flight", "computing", "waiting")
+        },
     }
 
 
@@ -145,12 +163,52 @@ def exchange_alone(optimizer: ShardedMuon, slices: dict[int, torch.nn.Parameter]
 def _main(rank: int, world_size: int, store: str, args: tuple[int, int, int, int]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
-    result = measure(rank, world_size, *args)
-    for turn in range(world_size):
-        if turn == rank:
-            print(json.dumps({k: round(v, 4) for k, v in result.items()}), flush=True)
-        dist.barrier()
+    results: list[Any] = [None] * world_size
+    dist.all_gather_object(results, measure(rank, world_size, *args))
+    if rank == 0:
+        Path(store + ".json").write_text(json.dumps(results))
+    dist.barrier()
     dist.destroy_process_group()
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """One line per rank."""
+    columns = ("rank", "step", "in_flight", "waiting", "hidden", "alone", "waiting_of_alone")
+    lines = [
+        "# Overlap",
+        "",
+        f"{report['matrices']} matrices of {report['size']} x {report['size']} over {len(report['ranks'])} Gloo ranks, "
+        f"one thread each, {report['ranks'][0]['rounds']} rounds; medians over {report['steps']} steps, in seconds; "
+        f"hidden and waiting_of_alone are shares. torch {report['torch']}.",
+        "",
+        "| " + " | ".join(columns) + " |",
+        "|" + "---:|" * len(columns),
+    ]
+    for row in report["ranks"]:
+        lines.append("| " + " | ".join(str(round(row[c], 4)) for c in columns) + " |")
+    return "\n".join([*lines, "", "![timeline of a step](overlap.png)"]) + "\n"
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """The last step of each rank: what was on the wire, what was computed, and when the rank waited."""
+    from matplotlib.figure import Figure
+
+    colors = {"in_flight": "tab:blue", "computing": "tab:red", "waiting": "tab:gray"}
+    labels = {"in_flight": "exchange under way", "computing": "Newton-Schulz", "waiting": "waiting"}
+    figure = Figure(figsize=(9, 1 + 1.1 * len(report["ranks"])), layout="constrained")
+    axes = figure.subplots()
+    for row in report["ranks"]:
+        for line, (kind, color) in enumerate(colors.items()):
+            spans = [(a, b - a) for a, b in row["timeline"][kind]]
+            at = 4 * row["rank"] + 2 - line
+            axes.broken_barh(spans, (at, 0.8), color=color, alpha=0.6, label=labels[kind] if row["rank"] == 0 else None)
+    axes.set_yticks(
+        [4 * row["rank"] + 1.4 for row in report["ranks"]], [f"rank {row['rank']}" for row in report["ranks"]]
+    )
+    axes.set_xlabel("ms since the step began")
+    axes.set_title(f"One step in {report['ranks'][0]['rounds']} rounds")
+    axes.legend(loc="upper right", fontsize=8)
+    figure.savefig(path, dpi=130)
 
 
 def main() -> None:
@@ -158,13 +216,28 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--matrices", type=int, default=16)
     parser.add_argument("--size", type=int, default=768, help="rows and columns of each matrix")
-    parser.add_argument("--rounds-mb", type=int, default=1024, help="size of a round's buffer")
+    parser.add_argument("--rounds-mb", type=int, default=4, help="size of a round's buffer")
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "results")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as directory:
         settings = (args.matrices, args.size, args.rounds_mb * 2**20, args.steps)
-        multiprocessing.spawn(_main, (args.ranks, str(Path(directory) / "store"), settings), nprocs=args.ranks)
+        store = str(Path(directory) / "store")
+        multiprocessing.spawn(_main, (args.ranks, store, settings), nprocs=args.ranks)
+        ranks = json.loads(Path(store + ".json").read_text())
+    report = {
+        "torch": torch.__version__,
+        "matrices": args.matrices,
+        "size": args.size,
+        "steps": args.steps,
+        "ranks": ranks,
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "overlap.json").write_text(json.dumps(report, indent=1) + "\n")
+    (args.output / "overlap.md").write_text(markdown(report))
+    draw(report, args.output / "overlap.png")
+    print(markdown(report))
 
 
 if __name__ == "__main__":
