@@ -6,8 +6,8 @@ Each rank builds the model twice: once with Megatron's layer-wise Muon (emerging
 the distributed optimizer), once with Distributed Muon. Both get the same gradients, coefficients, steps, scale and
 decay, train in bf16 (in fp32 Megatron's fails to start with the distributed optimizer) with fp32 main parameters,
 momentum, exchange and Newton-Schulz, and cut the same logical matrices; after the first step their weights are
-compared. Then their steps alternate, gathering of parameters included: the table has medians over repeats of the slowest rank's
-milliseconds, and of the ratio within a repeat. What else the machine does falls on both.
+compared. Then their steps alternate, gathering of parameters included: the table has medians over repeats of the
+slowest rank's milliseconds, and of the ratio within a repeat. What else the machine does falls on both.
 
 `--growth` instead varies the model's width and the number of ranks, and adds the memory that a step allocates at its
 peak, and the planner's time. Writes step.{md,json,png} or growth.{md,json,png}.
