@@ -18,8 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("newton_schulz",),
     ("config", "matrices", "lockstep", "rounds"),
-    ("shares", "team"),
-    ("muon", "reference", "cost_model"),
+    ("shares", "team", "elements", "rounding"),
+    ("muon", "reference", "cost_model", "second_moment"),
+    ("reference_variants",),
     ("assign", "ownership"),
     ("plan",),
     ("exchange",),

@@ -71,6 +71,8 @@ def other_value(field: dataclasses.Field[Any]) -> Any:
         return not field.default
     if choices := get_args(annotation):
         return next(choice for choice in choices if choice != field.default)
+    if annotation is str:
+        return "elsewhere"
     return field.default + 1 if annotation is int else field.default / 2
 
 
