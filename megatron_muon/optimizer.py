@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
@@ -15,6 +16,7 @@ from torch.profiler import record_function
 from megatron_muon.config import TORCH_DTYPES, MuonConfig, gradient_gain
 from megatron_muon.elements import SliceElements
 from megatron_muon.exchange import Exchange, _Pending
+from megatron_muon.metrics import Recorder
 from megatron_muon.muon import apply_updates, band_update, momentum_update, orthogonalized_updates
 from megatron_muon.newton_schulz import load_backend
 from megatron_muon.ownership import OwnershipPlan
@@ -63,6 +65,7 @@ class ShardedMuon(torch.optim.Optimizer):
     ) -> None:
         self.muon = config or MuonConfig()
         self.updates = 0
+        self.recorder: Recorder | None = None
         self._binding: _Binding | None = None
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         for group in self.param_groups:
@@ -117,6 +120,16 @@ class ShardedMuon(torch.optim.Optimizer):
             RuntimeError: Before `bind`.
         """
         return self._bound().exchange
+
+    @property
+    def slices(self) -> Mapping[int, Tensor]:
+        """Parameter index in the plan -> this rank's slice."""
+        return self._bound().slices
+
+    @property
+    def names(self) -> Mapping[int, str]:
+        """Parameter index in the plan -> name in the whole model, where `bind` was told."""
+        return self._bound().names
 
     def _bound(self) -> _Binding:
         if self._binding is None:
@@ -281,9 +294,17 @@ class _Step:
                 out=scratch,
                 store=partial(self._store_momenta, slices) if muon.momentum_dtype == "bf16" else None,
             )
+            self._record("momentum_sq", {i: state[p][MOMENTUM] for i, p in slices.items()})
             if muon.variant == "adamuon":
                 directions = [torch.sign(u, out=out) for u, out in zip(directions, scratch, strict=True)]
         return self.bound.exchange.start_gather(round_index, dict(zip(slices, directions, strict=True)))
+
+    def _record(self, quantity: str, values: Mapping[int, Tensor]) -> None:
+        """Nothing, but on a step that is logged."""
+        if self.optimizer.recorder is not None:
+            for index, value in values.items():
+                if self.bound.counts(index):
+                    self.optimizer.recorder.slice_squares(quantity, index, self.bound.elements[index], value)
 
     def _store_momenta(self, slices: Mapping[int, Tensor], momenta: Sequence[Tensor]) -> None:
         """Rounds fp32 momenta to bf16 and writes them into the state; random bits depend on element and step alone."""
@@ -327,18 +348,20 @@ class _Step:
             )
             for item, team in teams.items()
         }
-        # First: the members of a team start together, right after the gather.
-        exchange.run_teams(round_index, talks)
-        with record_function(f"muon/newton_schulz/{round_index}"):
-            orthogonalized_updates(
-                [
-                    view
-                    for item, collected in parts.items()
-                    if item not in teams
-                    for view in logical_views(plan.spec(item), item.part, collected)
-                ],
-                muon,
-            )
+        views = {
+            item: logical_views(plan.spec(item), item.part, collected)
+            for item, collected in parts.items()
+            if item not in teams
+        }
+        recorder = self.optimizer.recorder
+        with recorder.newton_schulz() if recorder is not None else nullcontext():
+            # First: the members of a team start together, right after the gather.
+            exchange.run_teams(round_index, talks)
+            with record_function(f"muon/newton_schulz/{round_index}"):
+                orthogonalized_updates([view for group in views.values() for view in group], muon)
+        if recorder is not None:
+            for item, group in views.items():
+                recorder.orthogonality(item.matrix, item.part, group)
         return exchange.start_scatter(round_index, parts)
 
     def finalize(self, round_index: int, scattered: _Pending) -> None:
@@ -347,6 +370,12 @@ class _Step:
         self.bound.exchange.finish_scatter(scattered, updates)
         if self.optimizer.muon.variant != "muon":
             self._divide(round_index, slices, updates)
+        self._record("update_sq", updates)
+        self._record("weight_sq", slices)
+        if self.optimizer.recorder is not None:
+            for index in slices:
+                parts = len(self.bound.elements[index].spec.parts)
+                self.optimizer.recorder.learning_rate(index, parts, float(self.group_of[index]["lr"]))
         with record_function(f"muon/apply/{round_index}"):
             by_group: dict[int, list[int]] = {}
             for index in slices:

@@ -15,6 +15,7 @@ from torch import nn
 
 from megatron_muon.matrices import MatrixSpec
 from megatron_muon.megatron.checkpoint import CheckpointedChain, CheckpointedOptimizer, report_changes
+from megatron_muon.megatron.metrics import MetricsLog
 from megatron_muon.optimizer import ShardedMuon
 from megatron_muon.plan import CostModel, PlanOptions, ShardedMatrix, Slice, build_plan
 
@@ -179,6 +180,8 @@ class MuonChainedOptimizer(CheckpointedChain):
         super().__init__(chained_optimizers)
         for optimizer in chained_optimizers:
             optimizer._defer_param_sync = True
+        muon = [optimizer for optimizer in chained_optimizers if isinstance(optimizer, MuonDistributedOptimizer)]
+        self.metrics = MetricsLog(muon[0].optimizer.muon, muon) if muon else None
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:
@@ -203,7 +206,12 @@ class MuonChainedOptimizer(CheckpointedChain):
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
         """Steps all optimizers, then starts the parameter gather unless it overlaps with the next forward pass."""
+        logged = self.metrics if self.metrics is not None and self.metrics.due else None
+        if logged is not None:
+            logged.begin()
         success = bool(self._step())
+        if logged is not None:
+            logged.finish()
         for model_chunk in self.model_chunks:
             if not model_chunk.ddp_config.overlap_param_gather:
                 model_chunk.start_param_sync()
