@@ -47,11 +47,11 @@ class Writer:
 
 
 def count_collectives() -> dict[str, int]:
-    counts: dict[str, int] = {}
+    counts = dict.fromkeys(COLLECTIVES, 0)
 
     def counting(name: str, original: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            counts[name] = counts.get(name, 0) + 1
+            counts[name] += 1
             return original(*args, **kwargs)
 
         return call
@@ -77,7 +77,7 @@ def session(rank: int, world_size: int, layout: Layout, settings: dict[str, Any]
     for _ in range(3):
         before = dict(counts)
         run.train(1)
-        collectives.append({name: counts[name] - before.get(name, 0) for name in counts})
+        collectives.append({name: counts[name] - before[name] for name in counts})
         pieces.append(run.pieces())
     for place in run.places:
         places.append((place.name, logical_rows(place, run.chunks[0].config)))
@@ -175,7 +175,7 @@ def test_a_step_that_is_not_logged_costs_nothing(tmp_path: Path) -> None:
     for without, with_log in zip(off, on, strict=True):
         plain, logged = without["collectives"], with_log["collectives"]
         assert plain[0] == logged[0] and plain[2] == logged[2] and plain[1] == plain[2]
-        more = {k: logged[1][k] - plain[1].get(k, 0) for k in logged[1] if logged[1][k] != plain[1].get(k, 0)}
+        more = {name: logged[1][name] - plain[1][name] for name in COLLECTIVES if logged[1][name] != plain[1][name]}
         assert more == {"all_to_all_single": with_log["optimizers"], "gather_object": 1}
         # Nor does it change what is trained.
         for a, b in zip(without["pieces"][3], with_log["pieces"][3], strict=True):

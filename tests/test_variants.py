@@ -18,6 +18,9 @@ from megatron_muon.reference_variants import ReferenceVariants
 from megatron_muon.rounding import random_bits, stochastic_bf16, stream
 from megatron_muon.second_moment import Piece, divide, norm_bits
 from megatron_muon.shares import logical_views
+from tests.distributed import run_ranks
+from tests.models import Layout, initialize, make_chunks, optimizer_config, places, wrap
+from tests.models import normal as model_normal
 
 CPU = torch.device("cpu")
 FP32 = MuonConfig(ns_dtype="fp32", exchange_dtype="fp32", batched=False)
@@ -222,3 +225,61 @@ def test_whole_number_sums_have_room() -> None:
     for numel, beta2 in ((1, 0.0), (2**31, 0.9999), (7168 * 18432, 0.95)):
         bits = norm_bits(numel, beta2)
         assert bits >= 10 and numel / (1 - beta2) * 2.0**bits < 2.0**62
+
+
+# Groups.
+
+
+def groups_session(rank: int, world_size: int, overridden: bool) -> dict[str, Any]:
+    """One step with learning rates and weight decays that Megatron's scheduler sets, of overrides or not."""
+    from megatron.core.optimizer import ParamKey, get_standard_config_overrides
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    from megatron_muon.megatron.build import get_megatron_optimizer
+    from megatron_muon.megatron.routing import tag_parameters
+
+    layout = Layout(2)
+    initialize(layout)
+    chunks = make_chunks("dense", layout, torch.float32)
+    tag_parameters(chunks, FP32)
+    wrapped = wrap(chunks, layout)
+    config = optimizer_config(layout, torch.float32, lr=0.02, clip_grad=0.0)
+    overrides: dict[Any, Any] = get_standard_config_overrides(config)
+    if overridden:
+        overrides[ParamKey(name="*linear_fc2.weight")] = {"max_lr": 0.002, "min_lr": 0.0, "wd_mult": 3.0}
+    optimizer = get_megatron_optimizer(config, wrapped, overrides, muon=FP32)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=0.02,
+        min_lr=0.0,
+        lr_warmup_steps=0,
+        lr_decay_steps=10,
+        lr_decay_style="constant",
+        start_wd=0.1,
+        end_wd=0.1,
+        wd_incr_steps=10,
+        wd_incr_style="constant",
+    )
+    scheduler.step(1)
+    everything = places(wrapped[0], layout)
+    wrapped[0].zero_grad_buffer()
+    for place in everything:
+        place.parameter.main_grad.copy_(model_normal(f"gradient {place.name}", place.shape))  # type: ignore[attr-defined]
+    before = {p.name: p.parameter.detach().clone() for p in everything}
+    optimizer.step()
+    return {p.name: (before[p.name], p.parameter.detach().clone()) for p in everything}
+
+
+def test_groups_have_their_own_learning_rate_and_weight_decay() -> None:
+    plain, overridden = (run_ranks(groups_session, 2, flag)[0] for flag in (False, True))
+    changed = [name for name in plain if name.endswith("linear_fc2.weight")]
+    assert len(changed) == 2
+    for name, (before, after) in plain.items():
+        if name not in changed:
+            assert torch.equal(after, overridden[name][1]), name
+            continue
+        update = (before * (1 - 0.02 * 0.1) - after) / 0.02
+        expected = before * (1 - 0.002 * 0.3) - 0.002 * update
+        torch.testing.assert_close(overridden[name][1], expected, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(overridden[name][1], before * (1 - 0.002 * 0.1) - 0.002 * update, atol=1e-5)
