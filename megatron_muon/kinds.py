@@ -7,7 +7,15 @@ import re
 from collections.abc import Mapping
 
 FILE_NAME = "muon_metrics.jsonl"
-METRICS = ("update_rms", "update_to_weight", "orthogonality_error", "momentum_norm", "stable_rank", "svd_entropy")
+METRICS = (
+    "update_rms",
+    "update_to_weight",
+    "orthogonality_error",
+    "weight_rms",
+    "momentum_norm",
+    "stable_rank",
+    "svd_entropy",
+)
 
 
 def kind(name: str) -> str:

@@ -185,8 +185,8 @@ def combine(shares: Iterable[Sums]) -> dict[str, dict[str, float]]:
 
     Returns:
         Name -> metric -> value: `update_rms` (before the learning rate), `update_to_weight` (norm of lr * update over
-        that of the weight), `momentum_norm`, `orthogonality_error` (root mean square over the part's logical
-        matrices), and of sampled weights `stable_rank` and `svd_entropy`.
+        that of the weight), `weight_rms`, `momentum_norm`, `orthogonality_error` (root mean square over the part's
+        logical matrices), and of sampled weights `stable_rank` and `svd_entropy`.
     """
     total: Sums = {}
     for sums in shares:
@@ -199,6 +199,7 @@ def combine(shares: Iterable[Sums]) -> dict[str, dict[str, float]]:
         metrics: dict[str, float] = {key: entry[key] for key in ("stable_rank", "svd_entropy") if key in entry}
         if entry.get("numel"):
             metrics["update_rms"] = math.sqrt(entry["update_sq"] / entry["numel"])
+            metrics["weight_rms"] = math.sqrt(entry["weight_sq"] / entry["numel"])
             metrics["momentum_norm"] = math.sqrt(entry["momentum_sq"])
             if entry["weight_sq"] > 0:
                 metrics["update_to_weight"] = entry["lr"] * math.sqrt(entry["update_sq"] / entry["weight_sq"])

@@ -36,6 +36,10 @@ _TITLES: Mapping[str, tuple[str, str]] = {
         "Norm of O O^T - I over the root of the short side: how far singular values of Newton-Schulz's result are from "
         "1. Keller's five steps leave 0.2 to 0.3; one is a matrix of zeros.",
     ),
+    "weight_rms": (
+        "Weight RMS",
+        "Root mean square of weights before the step. Without weight decay it grows for as long as a run lasts.",
+    ),
     "momentum_norm": ("Momentum norm", "Frobenius norm of the momentum buffer."),
     "stable_rank": (
         "Stable rank of weights",

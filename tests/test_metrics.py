@@ -104,6 +104,7 @@ def expected_metrics(before: Whole, after: Whole, name: str, rows: list[int]) ->
     return dict(
         update_rms=update.square().mean().sqrt().item(),
         update_to_weight=(moved.norm() / w.norm()).item(),
+        weight_rms=w.square().mean().sqrt().item(),
         momentum_norm=momentum.norm().item(),
         orthogonality_error=((short @ short.mT - identity).norm() / math.sqrt(len(short))).item(),
     )
