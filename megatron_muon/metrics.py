@@ -169,7 +169,7 @@ def spectrum(matrix: Tensor) -> dict[str, Tensor]:
     """Stable rank and SVD entropy of a matrix.
 
     Stable rank is |W|_F^2 / sigma_1^2. The entropy is that of the squared singular values over their sum, divided by
-    its largest value: 1 if all are equal, 0 if one is all there is. Source: arXiv 2502.16982, section 3.4.
+    its largest value: 1 if all are equal, 0 if one is all there is. Source: arXiv 2502.16982.
 
     Args:
         matrix: 2-D, fp32; not mutated. A zero matrix has NaN for both.
