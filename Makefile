@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: venv demo test test-all lint bench clean
+.PHONY: venv demo ablations test test-all lint bench clean
 venv: $(STAMP)
 
 $(STAMP): setup.py
@@ -17,6 +17,9 @@ $(STAMP): setup.py
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
+
+ablations: $(STAMP)
+	$(BIN)/python examples/ablations.py --docs docs
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not exhaustive"

@@ -14,9 +14,12 @@ import torch
 from megatron_muon.newton_schulz import BACKEND_DTYPES, BackendName, Method, coefficients, scaling_for
 
 Preset = Literal["moonlight", "megatron", "deepseek-v4", "keller"]
+Variant = Literal["muon", "normuon", "adamuon"]
+MomentumForm = Literal["heavy_ball", "ema"]
 ScaleMode = Literal["rms", "spectral", "unit_rms_norm", "shape_scaling"]
 FloatDtype = Literal["bf16", "fp16", "fp32"]
 ExchangeDtype = Literal["bf16", "fp32"]
+MomentumDtype = Literal["fp32", "bf16"]
 TensorParallelMode = Literal["exact", "blockwise"]
 RouterOptimizer = Literal["muon", "adam"]
 
@@ -35,8 +38,30 @@ class MuonConfig:
         ValueError: If a value is outside its range or not among its choices; the message names the field.
     """
 
+    variant: Variant = field(
+        default="muon",
+        metadata={
+            "help": "what the orthogonalized matrix is divided by: muon: nothing; normuon: the root of a running mean "
+            "square of each row of the long side; adamuon: that of each element, after orthogonalizing signs"
+        },
+    )
     momentum: float = field(default=0.95, metadata={"help": "decay of the momentum buffer, m = momentum*m + gradient"})
+    momentum_form: MomentumForm = field(
+        default="heavy_ball",
+        metadata={"help": "ema weighs gradients with 1 - momentum; the update is the same but for rounding"},
+    )
+    momentum_dtype: MomentumDtype = field(
+        default="fp32", metadata={"help": "dtype of the momentum buffer; bf16 rounds stochastically"}
+    )
     nesterov: bool = field(default=True, metadata={"help": "orthogonalize gradient + momentum*m instead of m"})
+    beta2: float = field(default=0.95, metadata={"help": "decay of the mean squares of normuon and adamuon"})
+    second_moment_eps: float = field(
+        default=1e-8,
+        metadata={"help": "least mean square that normuon divides by; what adamuon adds to the root"},
+    )
+    cautious_weight_decay: bool = field(
+        default=False, metadata={"help": "decay only the weights that the update shrinks as well"}
+    )
     coefficients: str = field(default="keller", metadata={"help": "Newton-Schulz coefficient set"})
     ns_steps: int = field(default=5, metadata={"help": "Newton-Schulz iterations"})
     ns_dtype: FloatDtype = field(default="bf16", metadata={"help": "dtype of the Newton-Schulz iterations"})
@@ -86,11 +111,18 @@ class MuonConfig:
     exchange_buffer_mb: int = field(
         default=1024, metadata={"help": "size in MiB of a round's exchange buffer on a rank; bounds the rounds"}
     )
+    log_interval: int = field(default=0, metadata={"help": "log metrics of the updates every so many steps; 0: never"})
+    metrics_dir: str = field(
+        default="", metadata={"help": "where muon_metrics.jsonl is written; empty: the TensorBoard directory"}
+    )
 
     def __post_init__(self) -> None:
         for name, annotation in get_type_hints(type(self)).items():
             self._check_type(name, annotation, getattr(self, name))
         self._check(0.0 <= self.momentum < 1.0, "momentum", "in [0, 1)")
+        self._check(0.0 <= self.beta2 < 1.0, "beta2", "in [0, 1)")
+        self._check(self.second_moment_eps > 0, "second_moment_eps", "positive")
+        self._check(self.log_interval >= 0, "log_interval", "0 or more")
         self._check(self.ns_steps >= 1, "ns_steps", "at least 1")
         self._check(self.max_team_size >= 1, "max_team_size", "at least 1")
         self._check(self.exchange_buffer_mb >= 1, "exchange_buffer_mb", "at least 1")
@@ -187,3 +219,13 @@ def scale_factor(rows: int, cols: int, config: MuonConfig) -> float:
         "shape_scaling": math.sqrt(max(1.0, rows / cols)),
     }[config.scale_mode]
     return base * config.extra_scale_factor
+
+
+def owner_factor(rows: int, cols: int, config: MuonConfig) -> float:
+    """The factor that the owner of a logical matrix applies; the variants scale where the second moment is stored."""
+    return scale_factor(rows, cols, config) if config.variant == "muon" else 1.0
+
+
+def gradient_gain(config: MuonConfig) -> float:
+    """What a gradient is multiplied with before it enters the momentum."""
+    return 1.0 if config.momentum_form == "heavy_ball" else 1.0 - config.momentum

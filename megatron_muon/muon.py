@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from megatron_muon.config import TORCH_DTYPES, MuonConfig, scale_factor
+from megatron_muon.config import TORCH_DTYPES, MuonConfig, owner_factor
 from megatron_muon.lockstep import Talk
 from megatron_muon.newton_schulz import coefficients, load_backend, normalize, orthogonalize, scaling_for
 from megatron_muon.team import Seat, orthogonalize_band
@@ -21,32 +21,46 @@ def momentum_update(
     *,
     momentum: float,
     nesterov: bool,
+    gain: float = 1.0,
     out: Sequence[Tensor] | None = None,
+    store: Callable[[Sequence[Tensor]], None] | None = None,
 ) -> list[Tensor]:
     """Advances the momentum buffers and returns what is to be orthogonalized.
 
-    m = momentum*m + g, and u = g + momentum*m with Nesterov, else m.
+    m = momentum*m + gain*g, and u = gain*g + momentum*m with Nesterov, else m.
 
     Args:
         momenta: Buffers of any shape; mutated.
-        gradients: Of the same shapes and dtype; not mutated.
+        gradients: Of the same shapes; not mutated.
         momentum: Decay.
         nesterov: Whether to look ahead.
-        out: Where u is written, of the same shapes and dtype; new tensors if None. Not used without Nesterov.
+        gain: 1 for heavy ball, 1 - momentum for an exponential moving average.
+        out: Where u is written, fp32 and of the same shapes; new tensors if None. Not used without Nesterov, unless
+            with `store`.
+        store: For buffers of fewer bits: writes fp32 values into them. u is computed from the values before that.
 
     Returns:
-        One tensor per buffer. Without Nesterov these are the buffers themselves: read, do not write.
+        One tensor per buffer. Without Nesterov and `store` these are the buffers themselves: read, do not write.
     """
     if not momenta:
         return []
-    torch._foreach_mul_(list(momenta), momentum)
-    torch._foreach_add_(list(momenta), list(gradients))
-    if not nesterov:
-        return list(momenta)
-    directions = list(out) if out is not None else [torch.empty_like(m) for m in momenta]
-    torch._foreach_copy_(directions, list(momenta))
-    torch._foreach_mul_(directions, momentum)
-    torch._foreach_add_(directions, list(gradients))
+    if gain != 1.0:
+        gradients = torch._foreach_mul([g.float() for g in gradients], gain)
+    directions = list(out) if out is not None else [torch.empty_like(m, dtype=torch.float32) for m in momenta]
+    if store is not None:
+        torch._foreach_copy_(directions, list(momenta))
+        torch._foreach_mul_(directions, momentum)
+        torch._foreach_add_(directions, list(gradients))
+        store(directions)
+    else:
+        torch._foreach_mul_(list(momenta), momentum)
+        torch._foreach_add_(list(momenta), list(gradients))
+        if not nesterov:
+            return list(momenta)
+        torch._foreach_copy_(directions, list(momenta))
+    if nesterov:
+        torch._foreach_mul_(directions, momentum)
+        torch._foreach_add_(directions, list(gradients))
     return directions
 
 
@@ -77,7 +91,7 @@ def orthogonalized_updates(views: Sequence[Tensor], config: MuonConfig) -> None:
         by_shape[view.shape[0], view.shape[1]].append(view)
     run = orthogonalize if config.ns_backend == "torch" else _backend(config.ns_backend, views[0].device.type)
     for (rows, cols), group in by_shape.items():
-        factor = scale_factor(rows, cols, config)
+        factor = owner_factor(rows, cols, config)
         for stack in [group] if config.batched else [[view] for view in group]:
             matrices = [in_ns_dtype(view, dtype) for view in stack]
             batch = torch.stack(matrices) if len(matrices) > 1 else matrices[0]
@@ -113,20 +127,34 @@ def band_update(
         dtype=TORCH_DTYPES[config.ns_dtype],
         scaling=scaling_for(config.coefficients),
     )
-    wide.copy_(update.float().mul_(scale_factor(rows, cols, config)))
+    wide.copy_(update.float().mul_(owner_factor(rows, cols, config)))
     return collected
 
 
-def apply_updates(parameters: Sequence[Tensor], updates: Sequence[Tensor], *, lr: float, weight_decay: float) -> None:
-    """w = w*(1 - lr*weight_decay) - lr*update.
+def apply_updates(
+    parameters: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    *,
+    lr: float,
+    weight_decay: float,
+    cautious: bool = False,
+) -> None:
+    """w = w*(1 - lr*weight_decay) - lr*update; with `cautious`, only those w decay for which update*w >= 0.
 
     Args:
         parameters: Any shapes; mutated.
         updates: The same shapes and dtype; mutated (scratch).
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+        cautious: Source: arXiv 2510.12402.
     """
     if not parameters:
         return
     if weight_decay != 0.0:
-        torch._foreach_mul_(list(parameters), 1.0 - lr * weight_decay)
+        if cautious:
+            for w, update in zip(parameters, updates, strict=True):
+                w.copy_(torch.where(w * update >= 0, w * (1.0 - lr * weight_decay), w))
+        else:
+            torch._foreach_mul_(list(parameters), 1.0 - lr * weight_decay)
     torch._foreach_mul_(list(updates), lr)
     torch._foreach_sub_(list(parameters), list(updates))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_muon.config import TORCH_DTYPES, MuonConfig, scale_factor
+from megatron_muon.config import TORCH_DTYPES, MuonConfig, owner_factor
 from megatron_muon.newton_schulz import coefficients, normalize, orthogonalize, scaling_for
 
 
@@ -48,7 +48,7 @@ class ReferenceMuon:
                 matrix = normalize(matrix)
             matrix = matrix.to(TORCH_DTYPES[self.config.ns_dtype])
             orthogonal = orthogonalize(matrix, schedule, scaling=scaling_for(self.config.coefficients)).float()
-            update[rows] = orthogonal * scale_factor(matrix.shape[0], matrix.shape[1], self.config)
+            update[rows] = orthogonal * owner_factor(matrix.shape[0], matrix.shape[1], self.config)
         return update.to(wire).float()
 
     def step(self, gradients: dict[str, Tensor], *, lr: float, weight_decay: float) -> None:

@@ -22,7 +22,7 @@ from tests.models import places as places_of
 
 EXACT = MuonConfig(exchange_dtype="fp32", ns_dtype="fp32", batched=False)
 LR, WEIGHT_DECAY = 0.01, 0.1
-STATES = ("param", "momentum_buffer", "exp_avg", "exp_avg_sq")
+STATES = ("param", "momentum_buffer", "second_moment", "exp_avg", "exp_avg_sq")
 
 # (parameter, state) -> the whole tensor, in the layout-independent names of tests/models.py.
 Whole = dict[tuple[str, str], Tensor]
@@ -99,7 +99,8 @@ class Run:
                 indices = place.shard(torch.arange(numel).view(place.shape)).reshape(-1)[span.start : span.end]
                 for state, value in part._get_main_param_and_optimizer_states(parameter).items():
                     if state in STATES:
-                        out.append((place.name, state, place.shape, indices, value.detach().clone()))
+                        # Compared as fp32 numbers, which also bf16's are.
+                        out.append((place.name, state, place.shape, indices, value.detach().float().clone()))
         return out
 
     def differences(self, whole: Whole) -> list[str]:
@@ -195,6 +196,7 @@ class Session:
         efficient: Whether one rank gathers the state that is saved.
         steps: Steps before and after the save.
         frozen: Pattern of the names of parameters that are not trained.
+        muon: Muon's settings.
     """
 
     model: str
@@ -207,6 +209,7 @@ class Session:
     efficient: bool = False
     steps: int = 3
     frozen: str | None = None
+    muon: MuonConfig = EXACT
 
 
 def play(rank: int, world_size: int, session: Session) -> dict[str, Any]:
@@ -216,7 +219,7 @@ def play(rank: int, world_size: int, session: Session) -> dict[str, Any]:
         Differences after the load, losses before and after the save, and what the rank stored when it saved.
     """
     dtype = torch.bfloat16 if session.bf16 else torch.float32
-    run = build(session.model, session.layout, dtype=dtype, frozen=session.frozen)
+    run = build(session.model, session.layout, dtype=dtype, frozen=session.frozen, muon=session.muon)
     differences: list[str] = []
     if session.load_from is not None:
         spoil(run)

@@ -17,16 +17,17 @@ ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 # From the bottom up. A unit is a module or a subpackage of the package; it may import units of lower layers only.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("newton_schulz",),
-    ("config", "matrices", "lockstep", "rounds"),
-    ("shares", "team"),
-    ("muon", "reference", "cost_model"),
+    ("config", "matrices", "lockstep", "rounds", "kinds"),
+    ("shares", "team", "elements", "rounding"),
+    ("muon", "reference", "cost_model", "second_moment"),
+    ("reference_variants",),
     ("assign", "ownership"),
     ("plan",),
     ("exchange",),
-    ("pipeline",),
+    ("pipeline", "metrics"),
     ("optimizer",),
     ("megatron", "cpu"),
-    ("planning", "profile", "launch"),
+    ("planning", "profile", "report", "launch"),
     ("cli",),
     ("", "__main__"),  # "": the package's own __init__, with the public functions
 )

@@ -71,6 +71,8 @@ def other_value(field: dataclasses.Field[Any]) -> Any:
         return not field.default
     if choices := get_args(annotation):
         return next(choice for choice in choices if choice != field.default)
+    if annotation is str:
+        return "elsewhere"
     return field.default + 1 if annotation is int else field.default / 2
 
 
@@ -306,7 +308,7 @@ BAD_WORDS: list[tuple[tuple[str, ...], type[Exception], str]] = [
         "--overlap-param-gather-with-optimizer-step: got True",
     ),
     (("--no-use-layer-wise-param-layout",), ValueError, "use_layer_wise_param_layout"),
-    (("--use-mup",), NotImplementedError, "--use-mup: got True"),
+    (("--use-mup",), ValueError, "--muon-scale-mode: got 'rms', expected 'unit_rms_norm' or 'shape_scaling'"),
     (("--qk-clip",), NotImplementedError, "--qk-clip: got True"),
     (("--dump-param-to-param-group-map", "x"), NotImplementedError, "--dump-param-to-param-group-map: got 'x'"),
     (("--freeze-all-layers",), ValueError, "--freeze-all-layers: got True"),
@@ -363,6 +365,10 @@ class TestBadInput:
     )
     def test_good_input_passes(self, words: tuple[str, ...]) -> None:
         assert settings(*words) == MuonConfig()
+
+    def test_mup_passes_with_a_scale_that_fits_it(self) -> None:
+        config = settings("--use-mup", "--muon-scale-mode", "unit_rms_norm")
+        assert config == MuonConfig(scale_mode="unit_rms_norm")
 
     def test_checks_do_not_need_the_flag_to_exist(self) -> None:
         """A Megatron without one of the refused features passes."""

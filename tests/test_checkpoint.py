@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from tests.checkpoints import Session, assemble, build, play, spoil, with_config
+from tests.checkpoints import EXACT, Session, assemble, build, play, spoil, with_config
 from tests.distributed import RankError, run_ranks
 from tests.models import Layout
 
@@ -120,6 +122,60 @@ def test_fully_reshardable_gathered_by_one_rank(tmp_path: Path) -> None:
 def test_bf16_main_parameters(tmp_path: Path) -> None:
     """Main parameters have bits that the bf16 model parameters have not."""
     check_pair(tmp_path, "odd", Layout(2, ddp=BUCKETS), Layout(2, tp=2), bf16=True, rel=2e-3)
+
+
+VARIANTS: dict[str, tuple[Layout, Layout, str, dict[str, Any]]] = {
+    "normuon, tp2 dp2 to dp4": (
+        Layout(4, tp=2),
+        Layout(4, ddp=BUCKETS),
+        "fully_reshardable",
+        dict(variant="normuon", momentum_dtype="bf16"),
+    ),
+    "adamuon, dp2 to tp2": (Layout(2, ddp=BUCKETS), Layout(2, tp=2), "fully_reshardable", dict(variant="adamuon")),
+    "normuon, dp4 to dp2": (
+        Layout(4, ddp=BUCKETS),
+        Layout(2, ddp=BUCKETS),
+        "dp_reshardable",
+        dict(variant="normuon", momentum_dtype="bf16"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_state(tmp_path: Path, name: str) -> None:
+    """Mean squares and bf16 momentum; its random bits go on as well, so that the losses are those of one run."""
+    source, target, sharding, settings = VARIANTS[name]
+    muon = dataclasses.replace(EXACT, **settings)
+    check_pair(tmp_path, "odd", source, target, rel=1e-5, sharding=sharding, muon=muon)
+    stored = tensor_dtypes(tmp_path / "checkpoint")
+    momenta = {key: dtype for key, dtype in stored.items() if "momentum_buffer" in key}
+    expected = torch.bfloat16 if settings.get("momentum_dtype") == "bf16" else torch.float32
+    assert momenta and set(momenta.values()) == {expected}
+    assert {dtype for key, dtype in stored.items() if "second_moment" in key} == {torch.float32}
+
+
+@pytest.mark.parametrize(("before", "after"), [("fp32", "bf16"), ("bf16", "fp32")])
+def test_momentum_dtype_may_change(tmp_path: Path, before: Any, after: Any) -> None:
+    layout = Layout(2, config=EVEN_HEADS)
+    source = Session(
+        "odd", layout, save_to=tmp_path / "checkpoint", muon=dataclasses.replace(EXACT, momentum_dtype=before)
+    )
+    saved = run_ranks(play, 2, source)
+    whole = assemble([result["pieces"] for result in saved])
+    whole = {
+        key: value.to(torch.bfloat16).float() if key[1] == "momentum_buffer" else value for key, value in whole.items()
+    }
+    torch.save(whole, tmp_path / "whole")
+    target = dataclasses.replace(source, save_to=None, load_from=source.save_to, expected=tmp_path / "whole")
+    target = dataclasses.replace(target, muon=dataclasses.replace(EXACT, momentum_dtype=after))
+    for result in run_ranks(play, 2, target):
+        assert result["differences"] == []
+
+
+def tensor_dtypes(checkpoint: Path) -> dict[str, torch.dtype]:
+    """Key of each tensor in a checkpoint -> the data type it is stored in."""
+    metadata = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    return {key: entry.properties.dtype for key, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 # Rotary embeddings need an even head size; nothing else of the odd model is even.

@@ -56,6 +56,44 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...], M
     return calls
 
 
+def mup_learning_rates(parameters: dict[str, torch.nn.Parameter]) -> dict[str, float | None]:
+    """What muP's overrides set as learning rate and eps, for a model four times as wide as its base."""
+    import megatron.core.optimizer as stock
+
+    config = stock.OptimizerConfig(lr=0.4, min_lr=0.04, adam_eps=1e-8)
+    overrides = stock.get_mup_config_overrides(config, 4.0, "adam")
+    out: dict[str, float | None] = {}
+    for name, parameter in parameters.items():
+        matching = [override for key, override in overrides.items() if key.matches(parameter, name)]
+        out[name] = matching[0]["max_lr"] if matching else None
+        assert len(matching) <= 1
+        assert not matching or matching[0]["eps"] == pytest.approx(0.25e-8)
+    return out
+
+
+def test_mup_scales_adamws_matrices_and_leaves_muons_alone() -> None:
+    """AdamW's matrices get lr / width; vectors, embeddings and what is tagged as Muon's keep theirs."""
+    from megatron_muon.megatron.routing import TAG
+
+    shapes = {
+        "mlp.linear_fc1.weight": (8, 8),
+        "output_layer.weight": (8, 8),
+        "word_embeddings.weight": (8, 8),
+        "b": (8,),
+    }
+    parameters = {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in shapes.items()}
+    for name, parameter in parameters.items():
+        setattr(parameter, TAG, name == "mlp.linear_fc1.weight")
+    adamw = {"output_layer.weight": pytest.approx(0.1), "word_embeddings.weight": None, "b": None}
+    compat.install_core_seams()
+    assert mup_learning_rates(parameters) == {"mlp.linear_fc1.weight": pytest.approx(0.1), **adamw}
+    megatron_muon.enable(scale_mode="unit_rms_norm")
+    assert mup_learning_rates(parameters) == {"mlp.linear_fc1.weight": None, **adamw}
+    megatron_muon.enable()
+    with pytest.raises(ValueError, match="muon-scale-mode: got 'rms'"):
+        mup_learning_rates(parameters)
+
+
 class TestOptimizerSeam:
     def test_passes_through_until_enabled(self, built: list[Any]) -> None:
         import megatron.core.optimizer as stock

@@ -50,6 +50,14 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("router", "sgd", "expected one of 'muon', 'adam'"),
     ("tp_mode", "duplicated", "expected one of 'exact', 'blockwise'"),
     ("batched", None, "expected bool"),
+    ("variant", "soap", "expected one of 'muon', 'normuon', 'adamuon'"),
+    ("momentum_form", "nesterov", "expected one of 'heavy_ball', 'ema'"),
+    ("momentum_dtype", "fp16", "expected one of 'fp32', 'bf16'"),
+    ("beta2", 1.0, "expected in [0, 1)"),
+    ("second_moment_eps", 0.0, "expected positive"),
+    ("cautious_weight_decay", 1, "expected bool"),
+    ("log_interval", -1, "expected 0 or more"),
+    ("metrics_dir", None, "expected str"),
 ]
 
 
@@ -217,6 +225,14 @@ OTHER_VALUES: dict[str, Any] = dict(
     batched=False,
     max_team_size=1,
     exchange_buffer_mb=64,
+    variant="normuon",
+    momentum_form="ema",
+    momentum_dtype="bf16",
+    beta2=0.9,
+    second_moment_eps=1e-6,
+    cautious_weight_decay=True,
+    log_interval=10,
+    metrics_dir="metrics",
 )
 
 
@@ -227,7 +243,9 @@ def test_flag_sets_its_field_and_no_other(name: str) -> None:
     value = OTHER_VALUES[name]
     assert value != FIELDS[name].default
     flag = name.replace("_", "-")
-    words = [f"--muon-no-{flag}"] if value is False else [f"--muon-{flag}", str(value)]
+    words = [f"--muon-{flag}", str(value)]
+    if isinstance(value, bool):
+        words = [f"--muon-{flag}" if value else f"--muon-no-{flag}"]
     needed = {"max_team_size": 1} if name == "ns_backend" else {}
     words += [word for n, v in needed.items() for word in (f"--muon-{n.replace('_', '-')}", str(v))]
     assert config_from_args(parser.parse_args(words)) == MuonConfig(**{name: value, **needed})

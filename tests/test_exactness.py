@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.reference import ReferenceMuon
+from megatron_muon.reference_variants import ReferenceVariants
 from tests.distributed import run_ranks
 from tests.models import (
     Layout,
@@ -52,6 +52,14 @@ def logical_rows(place: Place, config: Any) -> list[list[int]] | None:
 
 def is_muons(place: Place) -> bool:
     return len(place.shape) == 2 and not re.search(r"embedding|output_layer", place.name)
+
+
+def whole_second_moment(oracle: ReferenceVariants, place: Place) -> Tensor:
+    """The oracle's running mean squares of a parameter, one for each element."""
+    out = torch.empty(place.shape)
+    for number, rows in enumerate(oracle.rows(place.name)):
+        out[rows] = oracle.second_moments[place.name, number].expand(len(rows), place.shape[1])
+    return out
 
 
 def gradient(place: Place, step: int) -> Tensor:
@@ -119,7 +127,7 @@ def check_layout(
     whole = {p.name: initial_value(p.name, p.shape).to(dtype).float() for p in everything}
     rows = {p.name: r for p in everything if (r := logical_rows(p, model_config)) is not None}
     matrices = {p.name for p in everything if is_muons(p)}
-    oracle = ReferenceMuon({n: w for n, w in whole.items() if n in matrices}, rows, muon)
+    oracle = ReferenceVariants({n: w for n, w in whole.items() if n in matrices}, rows, muon)
     others = {n: torch.nn.Parameter(w) for n, w in whole.items() if n not in matrices}
     adam = torch.optim.AdamW(
         [
@@ -148,7 +156,7 @@ def check_layout(
         if others:
             adam.step()
 
-    worst: dict[str, float] = {"muon": 0.0, "momentum": 0.0, "adam": 0.0}
+    worst: dict[str, float] = {"muon": 0.0, "momentum": 0.0, "second moment": 0.0, "adam": 0.0}
 
     def compare(kind: str, got: Tensor, expected: Tensor) -> None:
         scale = expected.abs().max().clamp_min(1e-30)
@@ -170,11 +178,14 @@ def check_layout(
             place = place_of[parameter]
             span = part._get_model_param_range_map(parameter)["param"]
             state = part.optimizer.state[main]
-            assert set(state) == {"momentum_buffer"}
+            assert set(state) == {"momentum_buffer"} | ({"second_moment"} if muon.variant != "muon" else set())
             momentum_bytes += state["momentum_buffer"].nbytes
             held += span.size
             expected = place.shard(oracle.momenta[place.name]).reshape(-1)[span.start : span.end]
-            compare("momentum", state["momentum_buffer"], expected)
+            compare("momentum", state["momentum_buffer"].float(), expected)
+            if muon.variant != "muon":
+                expected = place.shard(whole_second_moment(oracle, place)).reshape(-1)[span.start : span.end]
+                compare("second moment", part.optimizer.elementwise_state(main, "second_moment"), expected)
             compare("muon", main, place.shard(oracle.parameters[place.name]).reshape(-1)[span.start : span.end])
         exchange = part.optimizer.exchange
         exchanges.append(
@@ -286,3 +297,40 @@ def test_settings_reach_the_update(settings: dict[str, Any]) -> None:
     model, layout = LAYOUTS["tp2 dp2"]
     for result in run_ranks(check_layout, layout.world_size, model, layout, replace(EXACT, **settings), False):
         assert result["worst"]["muon"] == 0.0, result
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "normuon": dict(variant="normuon"),
+    "adamuon": dict(variant="adamuon", nesterov=False),
+    "cautious ema": dict(momentum_form="ema", cautious_weight_decay=True),
+    "bf16 momentum": dict(momentum_dtype="bf16"),
+    "all": dict(variant="normuon", momentum_dtype="bf16", cautious_weight_decay=True, exchange_buffer_mb=1),
+}
+
+
+@pytest.mark.parametrize(
+    ("variant", "name"),
+    [
+        ("normuon", "tp2 dp2"),
+        ("normuon", "ep2 etp2"),
+        ("adamuon", "dp2"),
+        ("adamuon", "tp2 dp2 mla"),
+        ("cautious ema", "tp2"),
+        ("bf16 momentum", "tp2 dp2"),
+        ("bf16 momentum", "ep2 etp2"),
+        ("bf16 momentum", "vpp dp2"),
+        ("all", "dp3"),
+        *(pytest.param(v, n, marks=pytest.mark.exhaustive) for v in VARIANTS for n in LAYOUTS),
+    ],
+)
+def test_variants_equal_reference_bitwise(variant: str, name: str) -> None:
+    model, layout = LAYOUTS[name]
+    for rank, result in enumerate(
+        run_ranks(check_layout, layout.world_size, model, layout, replace(EXACT, **VARIANTS[variant]), False)
+    ):
+        assert {k: v for k, v in result["worst"].items() if k != "adam"} == {
+            "muon": 0.0,
+            "momentum": 0.0,
+            "second moment": 0.0,
+        }, (rank, result)
+        assert result["momentum_bytes"] == (2 if "momentum_dtype" in VARIANTS[variant] else 4) * result["held"]

@@ -20,6 +20,7 @@ from megatron_muon.newton_schulz import CoefficientSet, coefficients, orthogonal
 from megatron_muon.optimizer import MOMENTUM, ShardedMuon
 from megatron_muon.plan import Method, OwnershipPlan, PlanOptions, build_plan
 from megatron_muon.reference import ReferenceMuon
+from megatron_muon.reference_variants import ReferenceVariants
 from megatron_muon.shares import max_shares
 from megatron_muon.team import Seat, block_bounds, orthogonalize_band
 from tests.distributed import run_ranks
@@ -284,16 +285,18 @@ def reference(plan: OwnershipPlan, config: MuonConfig) -> tuple[dict[str, Tensor
     shapes = {m.spec.name: whole_shape(m.spec) for m in plan.matrices}
     weights = {name: normal(name, shape) for name, shape in shapes.items()}
     momenta = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    oracle = ReferenceMuon({}, {}, config)
+    oracle = ReferenceVariants({}, {}, config)
     for step in range(STEPS):
         for m in plan.matrices:
             name = m.spec.name
             oracle.momenta = momenta
             direction = oracle.direction(name, gradient(name, step, shapes[name]))
             update = torch.empty_like(direction)
-            for rows, cols in logical_matrices(m.spec):
+            for number, (rows, cols) in enumerate(logical_matrices(m.spec)):
                 block = torch.tensor(rows)[:, None], torch.tensor(cols)[None, :]
-                update[block] = oracle.update("", direction[block].contiguous())
+                update[block] = ReferenceMuon.update(oracle, "", direction[block].contiguous())
+                if config.variant != "muon":
+                    update[block] = oracle.divided(update[block], (name, number))
             weights[name].mul_(1.0 - LR * DECAY).sub_(update * LR)
     return weights, momenta
 
@@ -378,6 +381,23 @@ def test_training_without_teams_is_bitwise_the_reference() -> None:
         assert not any(result["teams"]) and result["shared"] == 0
         assert result["worst"] == 0.0 and result["momentum"] == 0.0
         assert result["team_collectives"] == (0, 0)
+
+
+@pytest.mark.parametrize("variant", ["normuon", "adamuon"])
+def test_variants_without_teams_are_bitwise_the_reference(variant: Any) -> None:
+    for result in run_ranks(train, 4, 2, replace(FP32, variant=variant), dict(max_team_size=1), None, False):
+        assert result["worst"] == 0.0 and result["momentum"] == 0.0
+
+
+@pytest.mark.parametrize("variant", ["normuon", "adamuon"])
+def test_variants_with_teams_equal_the_reference(variant: Any) -> None:
+    """Dividing by roots of mean squares enlarges what teams' other order of sums changes, in small elements most."""
+    world_size, tp, options, forced = GRIDS["tp2 dp2, teams of two nodes, in rounds"]
+    for rank, result in enumerate(
+        run_ranks(train, world_size, tp, replace(FP32, variant=variant), options, forced, False)
+    ):
+        assert any(result["teams"]) and result["momentum"] == 0.0
+        assert result["worst"] <= 10 * UPDATE_TOLERANCE, (rank, result)
 
 
 def test_training_shows_a_lost_partial_product() -> None:

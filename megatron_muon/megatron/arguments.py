@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, get_args, get_type_hints
 
 from megatron_muon.config import PRESETS, MuonConfig, Preset
-from megatron_muon.megatron.checks import check_arguments
+from megatron_muon.megatron.checks import check_arguments, check_mup
 from megatron_muon.newton_schulz import ALIASES
 
 GROUP_TITLE = "distributed muon"
@@ -163,6 +163,7 @@ def apply(args: argparse.Namespace, changes: ParserChanges, *, cpu: bool = False
         for name, value in settings_for_cpu(args.muon_preset or DEFAULT_PRESET, _given(args)).items():
             setattr(args, f"muon_{name}", value)
     config = config_from_args(args)
+    check_mup(getattr(args, "use_mup", False), config.scale_mode)
     _write_back(args, config)
     return config
 

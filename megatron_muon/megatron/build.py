@@ -22,6 +22,7 @@ from megatron_muon.config import MuonConfig
 from megatron_muon.megatron.checkpoint import AdamDistributedOptimizer
 from megatron_muon.megatron.checks import check_optimizer_config
 from megatron_muon.megatron.distributed import Grid, MuonChainedOptimizer, MuonDistributedOptimizer
+from megatron_muon.megatron.identity import whole_model_names
 from megatron_muon.megatron.routing import TAG, NamedParameter, matrix_spec, named_parameters, uses_muon
 from megatron_muon.optimizer import ShardedMuon
 
@@ -184,6 +185,7 @@ class _Builder:
             specs=specs,
             grid=grid,
             initial_flops=initial_flops,
+            names=whole_model_names(self.chunks),
             **self._wrapper_arguments(expert, True),
         )
         optimizer.grad_stats_parallel_group = self.groups["intra_dist_opt_group"]

@@ -56,6 +56,10 @@ class CheckpointedOptimizer(DistributedOptimizer):
         self._updates += success
         return success
 
+    def _state_dtype(self, key: str) -> torch.dtype:
+        """In which a checkpoint holds a state tensor, or "param"."""
+        return torch.float32
+
     def _shared_state(self) -> dict[str, Any]:
         """Settings that go into a checkpoint beside the parameter groups."""
         return {}
@@ -156,7 +160,9 @@ class CheckpointedOptimizer(DistributedOptimizer):
                         "the model this optimizer was built for"
                     )
                 out[len(out)] = {
-                    state: _state_entry(entry, state, tensor[start:stop].view(parameter.shape))
+                    state: _state_entry(
+                        entry, state, tensor[start:stop].view(parameter.shape).to(self._state_dtype(state))
+                    )
                     for state, tensor in states.items()
                     if isinstance(tensor, Tensor)
                 }

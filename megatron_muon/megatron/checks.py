@@ -78,7 +78,6 @@ _ARGUMENTS = (
         flag="--no-use-layer-wise-param-layout",
         error=ValueError,
     ),
-    _Refusal("use_mup", "its learning-rate multipliers for AdamW's matrices would reach Muon's"),
     _Refusal("qk_clip", "Megatron's implementation reads whole main parameters, of which a rank has only a slice"),
     _Refusal("dump_param_to_param_group_map", "the file has no place for the two optimizers", expected=None),
     _Refusal("freeze_all_layers", "it leaves nothing to train and switches DistributedOptimizer off", error=ValueError),
@@ -110,6 +109,22 @@ def check_arguments(args: argparse.Namespace) -> None:
         args.expert_tensor_parallel_num_weight_shards,
         args.expert_tensor_parallel_size or tensor_parallel,
     )
+
+
+def check_mup(use_mup: bool, scale_mode: str) -> None:
+    """Checks that Muon's learning rate carries over between widths, which is what muP is for.
+
+    Megatron leaves the learning rate of Muon's matrices alone under muP. Their update, lr * scale * O, must then have
+    a spectral norm in proportion to sqrt(rows/cols), whatever the width (arXiv 2310.17813, condition 1).
+
+    Raises:
+        ValueError: If the scale grows with the width.
+    """
+    if use_mup and scale_mode not in ("unit_rms_norm", "shape_scaling"):
+        raise ValueError(
+            f"--muon-scale-mode: got {scale_mode!r}, expected 'unit_rms_norm' or 'shape_scaling' with --use-mup, since "
+            "the update would grow with the root of the width; choose one of these, or omit --use-mup"
+        )
 
 
 def check_optimizer_config(config: OptimizerConfig, ddp_config: DistributedDataParallelConfig) -> None:
@@ -177,8 +192,8 @@ def check_megatron_version() -> str:
 def _check_optimizer_name(name: str) -> None:
     if name == "adaptive_muon":
         raise NotImplementedError(
-            "--optimizer: got 'adaptive_muon', expected 'adam' with --distributed-muon, which has no second moment; "
-            "use --optimizer adam, or omit --distributed-muon"
+            "--optimizer: got 'adaptive_muon', expected 'adam' with --distributed-muon; use --optimizer "
+            "adam --muon-variant adamuon or normuon, or omit --distributed-muon"
         )
     # Scripts made for Megatron's own Muon say muon; dist_muon is its deprecated spelling.
     if name not in ("adam", "muon", "dist_muon"):

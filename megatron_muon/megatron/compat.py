@@ -10,6 +10,7 @@ that no longer fits must not fall back to training without Muon.
 | `DistributedDataParallel.__init__` | every loop wraps its model with it: tags decide which buffer a parameter gets |
 | `wrap_model_chunks_with_ddp`, `_ddp_wrap` | megatron.training computes DDP's layouts before it, and needs the tags |
 | `get_megatron_optimizer` | every loop builds its optimizer with it |
+| `get_mup_config_overrides` | muP's multipliers for AdamW's matrices must not reach Muon's |
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ import inspect
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.megatron import arguments
-from megatron_muon.megatron.checks import check_megatron_version
+from megatron_muon.megatron.checks import check_megatron_version, check_mup
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,6 +71,13 @@ def install_core_seams() -> None:
             "pg_collection",
             "dump_param_to_param_group_map",
         ),
+        version,
+    )
+    _wrap(
+        optimizer,
+        "get_mup_config_overrides",
+        _mup_seam,
+        ("config", "mup_width_mult", "optimizer_type"),
         version,
     )
     _wrap(
@@ -163,6 +172,29 @@ def _optimizer_seam(original: Callable[..., Any]) -> Callable[..., Any]:
         return build(config, model_chunks, *rest, muon=_active)
 
     return get_megatron_optimizer
+
+
+def _mup_seam(original: Callable[..., Any]) -> Callable[..., Any]:
+    def get_mup_config_overrides(config: Any, mup_width_mult: float, optimizer_type: str = "adam") -> Any:
+        overrides = original(config, mup_width_mult, optimizer_type)
+        if _active is None:
+            return overrides
+        check_mup(True, _active.scale_mode)
+        return {_without_muons(key): override for key, override in overrides.items()}
+
+    return get_mup_config_overrides
+
+
+def _without_muons(key: Any) -> Any:
+    """A key of muP's overrides that matches what it did, but for the parameters that are tagged as Muon's."""
+    from megatron_muon.megatron.routing import TAG
+
+    predicate = key.with_name_predicate
+
+    def matches(parameter: nn.Parameter, name: str) -> bool:
+        return not getattr(parameter, TAG, False) and bool(predicate.fn(parameter, name))
+
+    return replace(key, with_name_predicate=replace(predicate, name=f"{predicate.name}_of_adamw", fn=matches))
 
 
 def _ddp_seam(original: Callable[..., None]) -> Callable[..., None]:

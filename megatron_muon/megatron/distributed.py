@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,8 @@ from torch import nn
 
 from megatron_muon.matrices import MatrixSpec
 from megatron_muon.megatron.checkpoint import CheckpointedChain, CheckpointedOptimizer, report_changes
-from megatron_muon.optimizer import MOMENTUM, ShardedMuon
+from megatron_muon.megatron.metrics import MetricsLog
+from megatron_muon.optimizer import ShardedMuon
 from megatron_muon.plan import CostModel, PlanOptions, ShardedMatrix, Slice, build_plan
 
 
@@ -42,7 +43,7 @@ class Grid:
 
 
 class MuonDistributedOptimizer(CheckpointedOptimizer):
-    """DistributedOptimizer whose inner optimizer is `ShardedMuon` and whose only state is `momentum_buffer`.
+    """DistributedOptimizer whose inner optimizer is `ShardedMuon`, with that optimizer's state.
 
     Gradients, fp32 main slices, parameter buffers and their all-gather are Megatron's, unchanged. This class tells
     ShardedMuon which flat range of which matrix each slice is.
@@ -53,6 +54,7 @@ class MuonDistributedOptimizer(CheckpointedOptimizer):
         specs: Model parameter -> spec, for all of Muon's parameters in the buffers, in plan order.
         grid: The ranks that share them.
         initial_flops: Newton-Schulz FLOPs that each rank of the grid has to do for other matrices already.
+        names: Model parameter -> its name in the whole model, the same in every layout.
         **kwargs: As for DistributedOptimizer.
     """
 
@@ -66,6 +68,7 @@ class MuonDistributedOptimizer(CheckpointedOptimizer):
         specs: dict[nn.Parameter, MatrixSpec],
         grid: Grid,
         initial_flops: Sequence[float] | None = None,
+        names: Mapping[nn.Parameter, str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(optimizer, *args, **kwargs)
@@ -90,6 +93,7 @@ class MuonDistributedOptimizer(CheckpointedOptimizer):
             grid.group,
             {index_of[parameter]: main for parameter, main in main_slices.items()},
             device,
+            {index_of[parameter]: name for parameter, name in (names or {}).items() if parameter in index_of},
         )
 
     def _ranges_by_dp_rank(self) -> dict[nn.Parameter, dict[int, tuple[int, int]]]:
@@ -121,10 +125,27 @@ class MuonDistributedOptimizer(CheckpointedOptimizer):
     @property
     def optimizer_state_keys(self) -> tuple[str, ...]:
         """Tensors that a checkpoint holds for each parameter besides the parameter itself."""
-        return (MOMENTUM,)
+        return self.optimizer.state_keys
+
+    def _state_dtype(self, key: str) -> torch.dtype:
+        return torch.float32 if key == "param" else self.optimizer.state_dtype(key)
+
+    def _get_main_param_and_optimizer_states(self, model_param: nn.Parameter) -> dict[str, torch.Tensor]:
+        """Megatron's own; every state has an entry per element, so that it can be cut anew for any layout."""
+        tensors: dict[str, torch.Tensor] = super()._get_main_param_and_optimizer_states(model_param)
+        keys = tensors.keys() & set(self.optimizer.state_keys)
+        return {**tensors, **{key: self.optimizer.elementwise_state(tensors["param"], key) for key in keys}}
+
+    def _set_main_param_and_optimizer_states(self, model_param: nn.Parameter, tensors: dict[str, Any]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        main = self.optimizer.param_groups[group]["params"][order]
+        for key in self.optimizer.state_keys:
+            if key in tensors:
+                self.optimizer.state[main][key].copy_(self.optimizer.state_from_elements(main, key, tensors[key]))
+        main.detach().copy_(tensors["param"])
 
     def _shared_state(self) -> dict[str, Any]:
-        return {"muon": dataclasses.asdict(self.optimizer.muon)}
+        return {"muon": dataclasses.asdict(self.optimizer.muon), "updates": self.optimizer.updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As for CheckpointedOptimizer; settings of Muon that differ from the checkpoint's are printed.
@@ -133,6 +154,7 @@ class MuonDistributedOptimizer(CheckpointedOptimizer):
         one here and taken back, so that it does not end up in the next checkpoint.
         """
         saved = state_dict["optimizer"]
+        self.optimizer.updates = int(saved.get("updates", 0))
         report_changes("muon", saved.get("muon", {}), dataclasses.asdict(self.optimizer.muon))
         groups = [{**group, "step": 0} for group in saved["param_groups"]]
         self.optimizer.init_state()
@@ -158,6 +180,8 @@ class MuonChainedOptimizer(CheckpointedChain):
         super().__init__(chained_optimizers)
         for optimizer in chained_optimizers:
             optimizer._defer_param_sync = True
+        muon = [optimizer for optimizer in chained_optimizers if isinstance(optimizer, MuonDistributedOptimizer)]
+        self.metrics = MetricsLog(muon[0].optimizer.muon, muon) if muon else None
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:
@@ -182,7 +206,12 @@ class MuonChainedOptimizer(CheckpointedChain):
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
         """Steps all optimizers, then starts the parameter gather unless it overlaps with the next forward pass."""
+        logged = self.metrics if self.metrics is not None and self.metrics.due else None
+        if logged is not None:
+            logged.begin()
         success = bool(self._step())
+        if logged is not None:
+            logged.finish()
         for model_chunk in self.model_chunks:
             if not model_chunk.ddp_config.overlap_param_gather:
                 model_chunk.start_param_sync()
