@@ -19,6 +19,7 @@ FloatDtype = Literal["bf16", "fp16", "fp32"]
 ExchangeDtype = Literal["bf16", "fp32"]
 TensorParallelMode = Literal["exact", "blockwise"]
 RouterOptimizer = Literal["muon", "adam"]
+InitFromAdamW = Literal["refuse", "momentum", "fresh"]
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -85,6 +86,12 @@ class MuonConfig:
     )
     exchange_buffer_mb: int = field(
         default=1024, metadata={"help": "size in MiB of a round's exchange buffer on a rank; bounds the rounds"}
+    )
+    init_from_adamw: InitFromAdamW = field(
+        default="refuse",
+        metadata={
+            "help": "what a run that loads AdamW's checkpoint starts momentum from: its exp_avg, or zero (fresh)",
+        },
     )
 
     def __post_init__(self) -> None:

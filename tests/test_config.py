@@ -48,6 +48,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("split_qkv", "yes", "expected bool"),
     ("split_gated", 0, "expected bool"),
     ("router", "sgd", "expected one of 'muon', 'adam'"),
+    ("init_from_adamw", "zero", "expected one of 'refuse', 'momentum', 'fresh'"),
     ("tp_mode", "duplicated", "expected one of 'exact', 'blockwise'"),
     ("batched", None, "expected bool"),
 ]
@@ -217,6 +218,7 @@ OTHER_VALUES: dict[str, Any] = dict(
     batched=False,
     max_team_size=1,
     exchange_buffer_mb=64,
+    init_from_adamw="fresh",
 )
 
 

@@ -124,7 +124,10 @@ class MuonDistributedOptimizer(CheckpointedOptimizer):
         return (MOMENTUM,)
 
     def _shared_state(self) -> dict[str, Any]:
-        return {"muon": dataclasses.asdict(self.optimizer.muon)}
+        settings = dataclasses.asdict(self.optimizer.muon)
+        # Says how a run began, not how it goes on.
+        del settings["init_from_adamw"]
+        return {**super()._shared_state(), "muon": settings}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As for CheckpointedOptimizer; settings of Muon that differ from the checkpoint's are printed.
@@ -133,7 +136,7 @@ class MuonDistributedOptimizer(CheckpointedOptimizer):
         one here and taken back, so that it does not end up in the next checkpoint.
         """
         saved = state_dict["optimizer"]
-        report_changes("muon", saved.get("muon", {}), dataclasses.asdict(self.optimizer.muon))
+        report_changes(saved.get("muon", {}), dataclasses.asdict(self.optimizer.muon), "muon-")
         groups = [{**group, "step": 0} for group in saved["param_groups"]]
         self.optimizer.init_state()
         super().load_state_dict({**state_dict, "optimizer": {**saved, "param_groups": groups}})
