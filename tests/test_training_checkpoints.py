@@ -42,7 +42,9 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path, whole: lis
     # It goes on training while an asynchronous save is under way.
     saving = launch_ranks(*layout, "--save", str(tmp_path), "--save-interval", "2")
     assert differences(saving, whole, range(4)) == []
-    resumed = launch_ranks(*layout, "--load", str(tmp_path), "--ckpt-step", "2")
+    # Not by --ckpt-step: with legacy files Megatron then takes the optimizer's state of the last iteration.
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
+    resumed = launch_ranks(*layout, "--load", str(tmp_path))
     assert sorted(resumed[0].losses) == [2, 3]
     assert differences(resumed, whole, range(2, 4)) == []
     if name == "fully_reshardable":
@@ -158,6 +160,17 @@ def test_adamws_flat_buckets_are_refused_under_muon(tmp_path: Path) -> None:
     launch_ranks(*layout, "--save", str(tmp_path), "--save-interval", "1", "--exit-interval", "1", world_size=1)
     with pytest.raises(RankError, match="resume it once with AdamW and --dist-ckpt-optim-fully-reshardable"):
         launch_ranks(*layout, *MUON, "--muon-init-from-adamw", "fresh", "--load", str(tmp_path), world_size=1)
+
+
+def test_muons_checkpoint_goes_back_to_adamw_without_its_state(tmp_path: Path) -> None:
+    layout = [*ALONE, *FULLY]
+    (muon,) = launch_ranks(*layout, *MUON, "--save", str(tmp_path), "--save-interval", "2", world_size=1)
+    load = [*layout, "--load", str(tmp_path), "--ckpt-step", "2"]
+    (adamw,) = launch_ranks(*load, "--no-load-optim", world_size=1)
+    assert sorted(adamw.losses) == [2, 3] and adamw.losses[2] == muon.losses[2]
+    assert all(torch.equal(value, muon.states[2][key]) for key, value in adamw.states[2].items())
+    with pytest.raises(RankError, match="got a checkpoint of Muon, expected one of AdamW"):
+        launch_ranks(*load, world_size=1)
 
 
 OPTIONS = {

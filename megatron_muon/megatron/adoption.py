@@ -33,12 +33,12 @@ def loading_seam(settings: Callable[[], MuonConfig | None]) -> Callable[[Callabl
             load_dir: Any, args: Any, rank0: bool, sharded_state_dict: Any, iteration: int, release: bool, **rest: Any
         ) -> Any:
             config = settings()
-            if config is None or rank0 or "optimizer" not in (sharded_state_dict or {}):
+            wanted = not rank0 and "optimizer" in (sharded_state_dict or {})
+            if wanted and config is None and args.optimizer == "adam":
+                _refuse_muons(load_dir, iteration, release)
+            if config is None or not wanted:
                 return original(load_dir, args, rank0, sharded_state_dict, iteration, release, **rest)
-            from megatron.training.checkpointing import get_checkpoint_name
-
-            directory = get_checkpoint_name(load_dir, iteration, release, return_base_dir=True)
-            adopts = _is_adamws(directory, config)
+            adopts = _is_adamws(_directory(load_dir, iteration, release), config)
             if adopts:
                 for entry in _momenta(sharded_state_dict["optimizer"]):
                     entry.key = entry.key.replace(f"{PREFIX}.{MOMENTUM}.", f"{PREFIX}.{MEAN}.", 1)
@@ -52,6 +52,31 @@ def loading_seam(settings: Callable[[], MuonConfig | None]) -> Callable[[Callabl
     return seam
 
 
+def _directory(load_dir: Any, iteration: int, release: bool) -> str:
+    from megatron.training.checkpointing import get_checkpoint_name
+
+    return str(get_checkpoint_name(load_dir, iteration, release, return_base_dir=True))
+
+
+def _states(directory: str) -> tuple[set[str], set[str]]:
+    """Names of the states that a torch_dist checkpoint has, by its metadata: per parameter, and in flat buckets."""
+    from megatron.core.dist_checkpointing import load_tensors_metadata
+
+    keys = list(load_tensors_metadata(directory))
+    per_parameter = {key.removeprefix(f"{PREFIX}.").split(".", 1)[0] for key in keys if key.startswith(f"{PREFIX}.")}
+    return per_parameter, {key.rsplit(".", 1)[-1] for key in keys if "optimizer.distributed." in key}
+
+
+def _refuse_muons(load_dir: Any, iteration: int, release: bool) -> None:
+    """Raises ValueError if a run with AdamW alone is about to load optimizer state of Muon."""
+    directory = _directory(load_dir, iteration, release)
+    if MOMENTUM in set.union(*_states(directory)):
+        raise ValueError(
+            f"{directory}: got a checkpoint of Muon, expected one of AdamW; add --distributed-muon to go on with it, "
+            "or --no-load-optim to keep the weights and start AdamW's state anew"
+        )
+
+
 def _is_adamws(directory: str, config: MuonConfig) -> bool:
     """Whether a torch_dist checkpoint's optimizer is AdamW alone, read from its metadata.
 
@@ -59,11 +84,8 @@ def _is_adamws(directory: str, config: MuonConfig) -> bool:
         ValueError: If it is and the flags do not say how to go on from it.
         NotImplementedError: If it is, in a format that has no tensors of parameters.
     """
-    from megatron.core.dist_checkpointing import load_tensors_metadata
-
-    keys = list(load_tensors_metadata(directory))
-    states = {key.rsplit(".", 1)[-1] for key in keys if "optimizer.distributed." in key}
-    states |= {key.removeprefix(f"{PREFIX}.").split(".", 1)[0] for key in keys if key.startswith(f"{PREFIX}.")}
+    per_parameter, in_buckets = _states(directory)
+    states = per_parameter | in_buckets
     if MEAN not in states or MOMENTUM in states:
         return False
     if config.init_from_adamw == "refuse":
@@ -72,7 +94,7 @@ def _is_adamws(directory: str, config: MuonConfig) -> bool:
             f"start Muon's momentum from {MEAN}, {_FLAG} fresh to start it from zero (both keep the other parameters' "
             "state), or --no-load-optim to drop all optimizer state"
         )
-    if not any(key.startswith(f"{PREFIX}.{MEAN}.") for key in keys):
+    if MEAN not in per_parameter:
         raise NotImplementedError(
             f"{directory}: {_FLAG} {config.init_from_adamw}: got optimizer state in flat buckets (dp_reshardable), "
             "expected one tensor per parameter; resume it once with AdamW and --dist-ckpt-optim-fully-reshardable, and "
