@@ -22,6 +22,7 @@ ExchangeDtype = Literal["bf16", "fp32"]
 MomentumDtype = Literal["fp32", "bf16"]
 TensorParallelMode = Literal["exact", "blockwise"]
 RouterOptimizer = Literal["muon", "adam"]
+InitFromAdamW = Literal["refuse", "momentum", "fresh"]
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -114,6 +115,12 @@ class MuonConfig:
     log_interval: int = field(default=0, metadata={"help": "log metrics of the updates every so many steps; 0: never"})
     metrics_dir: str = field(
         default="", metadata={"help": "where muon_metrics.jsonl is written; empty: the TensorBoard directory"}
+    )
+    init_from_adamw: InitFromAdamW = field(
+        default="refuse",
+        metadata={
+            "help": "what a run that loads AdamW's checkpoint starts momentum from: its exp_avg, or zero (fresh)",
+        },
     )
 
     def __post_init__(self) -> None:

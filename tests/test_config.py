@@ -48,6 +48,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("split_qkv", "yes", "expected bool"),
     ("split_gated", 0, "expected bool"),
     ("router", "sgd", "expected one of 'muon', 'adam'"),
+    ("init_from_adamw", "zero", "expected one of 'refuse', 'momentum', 'fresh'"),
     ("tp_mode", "duplicated", "expected one of 'exact', 'blockwise'"),
     ("batched", None, "expected bool"),
     ("variant", "soap", "expected one of 'muon', 'normuon', 'adamuon'"),
@@ -233,6 +234,7 @@ OTHER_VALUES: dict[str, Any] = dict(
     cautious_weight_decay=True,
     log_interval=10,
     metrics_dir="metrics",
+    init_from_adamw="fresh",
 )
 
 

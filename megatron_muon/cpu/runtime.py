@@ -80,6 +80,25 @@ def _warmup_jit_function(original: Callable[..., None]) -> Callable[..., None]:
     return warmup_jit_function
 
 
+def _get_process(original: Callable[..., Any]) -> Any:
+    def get_process(cls: type, rank: int, mp_mode: str = "spawn", *args: Any, **kwargs: Any) -> Any:
+        """The process that writes asynchronous checkpoints: forked, so that it has this backend as well."""
+        return original.__func__(cls, rank, "fork", *args, **kwargs)  # type: ignore[attr-defined]
+
+    return classmethod(get_process)
+
+
+def _preload_tensors(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    def preload_tensors(write_buckets: list[Any], non_blocking: bool = True) -> list[Any]:
+        """Copies to host memory, also what is there already: training goes on while a checkpoint is written."""
+        return [
+            (name, key, (data, [(item, tensor.clone()) for item, tensor in tensors]))
+            for name, key, (data, tensors) in original(write_buckets, non_blocking)
+        ]
+
+    return preload_tensors
+
+
 def redirects() -> list[Redirect]:
     """The table of Megatron's functions. megatron.training's are left out where only megatron-core is installed."""
     rng = "megatron.core.tensor_parallel.random"
@@ -100,6 +119,21 @@ def redirects() -> list[Redirect]:
             "megatron.core.datasets.utils:compile_helpers",
             _compile_helpers,
             "runs make, for which the wheel has no Makefile; the compiled helper is in it",
+        ),
+    ]
+    strategies = "megatron.core.dist_checkpointing.strategies"
+    table += [
+        Redirect(
+            f"{strategies}.async_utils:PersistentAsyncCaller._get_process",
+            _get_process,
+            "spawns a process without this backend, which asks for CUDA and dies, while its ranks wait for it",
+            ("rank", "mp_mode"),
+        ),
+        Redirect(
+            f"{strategies}.filesystem_async:FileSystemWriterAsync.preload_tensors",
+            _preload_tensors,
+            "takes tensors on the CPU for copies, so that an asynchronous save writes what later steps make of them",
+            ("write_buckets", "non_blocking"),
         ),
     ]
     if importlib.util.find_spec("megatron.training") is not None:

@@ -11,7 +11,7 @@ the data-parallel size may change.
 |---|---|
 | tensors past the first bucket are cut from the wrong place | `sharded_param_state_fully_reshardable` |
 | a data-parallel rank whose part of a bucket is all padding is refused | `sharded_param_state_dp_reshardable` |
-| parameters that are fp32 themselves cannot be loaded | `load_parameter_state_from_dp_reshardable` |
+| fp32 parameters cannot be loaded from `dp_reshardable` and legacy files | `_set_main_param_and_optimizer_states` |
 | without TE or apex, a rank that stores nothing, or has not stepped yet, has no `step` to report | `state_dict` |
 | without TE or apex, all parameters of a loaded optimizer count up one shared `step` | `load_state_dict` |
 | without TE or apex, `step` is looked up where the format has none, or reset | `_set_main_param_and_optimizer_states` |
@@ -62,7 +62,8 @@ class CheckpointedOptimizer(DistributedOptimizer):
 
     def _shared_state(self) -> dict[str, Any]:
         """Settings that go into a checkpoint beside the parameter groups."""
-        return {}
+        # The groups hold what the schedule has made of it.
+        return {"settings": {"weight_decay": self.config.weight_decay}}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but parameters and their state tensors: the groups and the gradient scaler.
@@ -103,6 +104,8 @@ class CheckpointedOptimizer(DistributedOptimizer):
         settings are this run's, so that changed flags take effect; what differs from the checkpoint is printed.
         """
         saved = state_dict["optimizer"]
+        if not _schedule_from_checkpoint():
+            report_changes(saved.get("settings", {}), CheckpointedOptimizer._shared_state(self)["settings"])
         groups = restored_groups(self.optimizer.param_groups, saved["param_groups"], self.kind)
         steps = {int(group["step"]) for group in groups if "step" in group}
         if steps:
@@ -118,8 +121,10 @@ class CheckpointedOptimizer(DistributedOptimizer):
         for group in self.optimizer.param_groups:
             group.pop("step", None)
 
+    @torch.no_grad()
     def _set_main_param_and_optimizer_states(self, model_param: nn.Parameter, tensors: dict[str, Any]) -> None:
-        # Megatron's own also copies torch's `step`: missing in one format, in the other that of before the load.
+        # Megatron's own writes into fp32 parameters under autograd in some formats. It also copies torch's `step`:
+        # missing in one format, in another that of before the load.
         super()._set_main_param_and_optimizer_states(model_param, {**tensors, "step": None})
 
     def sharded_param_state_fully_reshardable(
@@ -197,9 +202,8 @@ class CheckpointedOptimizer(DistributedOptimizer):
             }
         return state
 
-    @torch.no_grad()
     def load_parameter_state_from_dp_reshardable(self, state_dict: dict[Any, Any]) -> None:
-        """Megatron's own, which would write into fp32 parameters under autograd."""
+        """Megatron's own, from what `sharded_param_state_dp_reshardable` has made of the lists."""
         state = dict(state_dict)
         for index, ranges in enumerate(self.gbuf_ranges):
             ((dtypes, buckets),) = ranges.items()
@@ -260,11 +264,28 @@ def _entry_of_kind(entries: Mapping[int, dict[str, Any]], position: int, kind: s
     )
 
 
-def report_changes(what: str, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Prints on rank 0 which settings of this run differ from those that a checkpoint was written with."""
+# The flags of Megatron whose values stand under other names in parameter groups.
+_FLAGS = {
+    "max_lr": "--lr",
+    "betas": "--adam-beta1 and --adam-beta2",
+    "eps": "--adam-eps",
+    "start_wd": "--start-weight-decay",
+    "end_wd": "--end-weight-decay",
+}
+
+
+def report_changes(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> None:
+    """Prints on rank 0, once each, which settings of this run differ from those that a checkpoint was written with.
+
+    Args:
+        saved: The checkpoint's, by name; what it does not have is not reported.
+        current: This run's.
+        prefix: What the flags begin with that the names have not.
+    """
     for key in sorted(saved.keys() & current.keys()):
         if not _equal(saved[key], current[key]):
-            say(f"{what}: {key} is {current[key]} from now on; the checkpoint was written with {saved[key]}")
+            flag = _FLAGS.get(key, f"--{prefix}{key.replace('_', '-')}")
+            say(f"{flag}: {saved[key]} -> {current[key]}: this run goes on with another value than the checkpoint's")
 
 
 def _entries_by_parameter(model_sharded_state_dict: dict[str, Any]) -> dict[Any, ShardedTensor | ShardedTensorFactory]:
@@ -321,7 +342,8 @@ def restored_groups(
         for key in ("step", *_SCHEDULED, *(from_checkpoint if _alike(group, match) else ())):
             if key in match and (key == "step" or _alike(group, match)):
                 merged[key] = match[key]
-        report_changes(kind, *({k: v for k, v in g.items() if k in _COMPARED} for g in (match, merged)))
+        old, new = ({k: v for k, v in g.items() if k in _COMPARED} for g in (match, merged))
+        report_changes(old, new)
         out.append(merged)
     return out
 

@@ -11,6 +11,7 @@ that no longer fits must not fall back to training without Muon.
 | `wrap_model_chunks_with_ddp`, `_ddp_wrap` | megatron.training computes DDP's layouts before it, and needs the tags |
 | `get_megatron_optimizer` | every loop builds its optimizer with it |
 | `get_mup_config_overrides` | muP's multipliers for AdamW's matrices must not reach Muon's |
+| `_load_global_dist_base_checkpoint` | knows the checkpoint's directory and what is asked of it, before it is read |
 """
 
 from __future__ import annotations
@@ -97,8 +98,18 @@ def install_training_seams() -> None:
     """
     version = check_megatron_version()
     modules = [importlib.import_module(f"megatron.training.{name}") for name in ("arguments", "training")]
+    from megatron_muon.megatron import adoption
+
     dist_utils = importlib.import_module("megatron.training.models.dist_utils")
     _wrap(modules[0], "parse_args", _parser_seam, ("extra_args_provider", "ignore_unknown_args"), version)
+    _wrap(
+        importlib.import_module("megatron.training.checkpointing"),
+        "_load_global_dist_base_checkpoint",
+        adoption.loading_seam(active_config),
+        ("load_dir", "args", "rank0", "sharded_state_dict", "iteration", "release"),
+        version,
+        exact=False,
+    )
     _wrap(modules[1], "wrap_model_chunks_with_ddp", _tagging_seam, ("model_chunks",), version, exact=False)
     _wrap(dist_utils, "_ddp_wrap", _tagging_seam, ("model",), version, exact=False)
 

@@ -145,7 +145,10 @@ class MuonDistributedOptimizer(CheckpointedOptimizer):
         main.detach().copy_(tensors["param"])
 
     def _shared_state(self) -> dict[str, Any]:
-        return {"muon": dataclasses.asdict(self.optimizer.muon), "updates": self.optimizer.updates}
+        # What says how a run began, or what it logs, does not change how it goes on.
+        settings = dataclasses.asdict(self.optimizer.muon)
+        kept = {key: v for key, v in settings.items() if key not in ("init_from_adamw", "log_interval", "metrics_dir")}
+        return {**super()._shared_state(), "muon": kept, "updates": self.optimizer.updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As for CheckpointedOptimizer; settings of Muon that differ from the checkpoint's are printed.
@@ -155,7 +158,7 @@ class MuonDistributedOptimizer(CheckpointedOptimizer):
         """
         saved = state_dict["optimizer"]
         self.optimizer.updates = int(saved.get("updates", 0))
-        report_changes("muon", saved.get("muon", {}), dataclasses.asdict(self.optimizer.muon))
+        report_changes(saved.get("muon", {}), dataclasses.asdict(self.optimizer.muon), "muon-")
         groups = [{**group, "step": 0} for group in saved["param_groups"]]
         self.optimizer.init_state()
         super().load_state_dict({**state_dict, "optimizer": {**saved, "param_groups": groups}})
