@@ -7,14 +7,14 @@ tested for any number of ranks in one process.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
 from megatron_muon.assign import Job, Owners, assign
 from megatron_muon.config import TORCH_DTYPES, MuonConfig
-from megatron_muon.cost_model import CostModel, band_cost, share_costs
+from megatron_muon.cost_model import CostModel, alone_flops, band_cost, share_costs
 from megatron_muon.matrices import MatrixSpec
 from megatron_muon.ownership import Item, Method, OwnershipPlan, Segment, ShardedMatrix, Slice, Team
 from megatron_muon.rounds import ENOUGH_ROUNDS, Load, make_rounds
@@ -31,6 +31,7 @@ __all__ = [
     "Slice",
     "Team",
     "build_plan",
+    "largest_matrix_flops",
 ]
 
 
@@ -84,7 +85,7 @@ def build_plan(
         matrices: Parameters with their slices, in the same order on every rank.
         tp_ranks: Tensor-parallel rank of each rank of the group.
         ns_steps: Newton-Schulz iterations, for the FLOP count.
-        initial_flops: Work that each rank has already (its experts'), in FLOPs.
+        initial_flops: Work that each rank has already, in FLOPs: that of another plan for the same ranks.
         options: Everything else.
 
     Raises:
@@ -118,6 +119,18 @@ def build_plan(
         device_type=options.cost.device_type,
     )
     return replace(one_round, rounds=_rounds(one_round, options)) if matrices else one_round
+
+
+def largest_matrix_flops(specs: Iterable[MatrixSpec], *, ns_steps: int, options: PlanOptions | None = None) -> int:
+    """Newton-Schulz FLOPs of the largest logical matrix of any of the parameters; 0 if there are none.
+
+    Of two plans for the same ranks, the one that has the larger matrices is to be made first: the other levels out
+    what it leaves uneven, the better the smaller its own matrices are.
+    """
+    options = options or PlanOptions()
+    shapes = {spec.logical_shape(part)[1:] for spec in specs for part in range(len(spec.parts))}
+    costs = (alone_flops(1, r, c, ns_steps, options.ns_dtype, options.cost.device_type) for r, c in shapes)
+    return max(costs, default=0)
 
 
 def _node_size(nodes: Sequence[int]) -> int:

@@ -19,12 +19,19 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from megatron_muon.config import MuonConfig
+from megatron_muon.matrices import MatrixSpec
 from megatron_muon.megatron.checkpoint import AdamDistributedOptimizer
 from megatron_muon.megatron.checks import check_optimizer_config
-from megatron_muon.megatron.distributed import Grid, MuonChainedOptimizer, MuonDistributedOptimizer
+from megatron_muon.megatron.distributed import (
+    Grid,
+    MuonChainedOptimizer,
+    MuonDistributedOptimizer,
+    plan_options,
+)
 from megatron_muon.megatron.identity import whole_model_names
 from megatron_muon.megatron.routing import TAG, NamedParameter, matrix_spec, named_parameters, uses_muon
 from megatron_muon.optimizer import ShardedMuon
+from megatron_muon.plan import largest_matrix_flops
 
 
 def get_megatron_optimizer(
@@ -106,17 +113,14 @@ class _Builder:
 
     def build(self) -> list[Any]:
         present = _present_anywhere([self._selected(expert, is_muon) for expert, is_muon in _KINDS])
-        expert_flops: tuple[float, ...] | None = None
-        built: dict[tuple[bool, bool], Any] = {}
-        # Experts first: the dense plan levels out what the experts' plan leaves uneven.
-        for kind in sorted(present, reverse=True):
-            expert, is_muon = kind
-            if not is_muon:
-                built[kind] = self._adam(expert)
-                continue
-            built[kind] = self._muon(expert, expert_flops)
-            if expert:
-                expert_flops = self._flops_by_dense_rank(built[kind])
+        built: dict[tuple[bool, bool], Any] = {kind: self._adam(kind[0]) for kind in sorted(present) if not kind[1]}
+        muons = sorted(expert for expert, is_muon in present if is_muon)
+        for expert in muons:
+            self._grid(expert)  # collective over the world, hence in this order
+        before: MuonDistributedOptimizer | None = None
+        # See `largest_matrix_flops`.
+        for expert in sorted(muons, key=self._largest_flops, reverse=True):
+            before = built[expert, True] = self._muon(expert, self._initial_flops(expert, before))
         return [built[kind] for kind in _KINDS if kind in built]
 
     def _selected(self, expert: bool, is_muon: bool) -> list[NamedParameter]:
@@ -169,8 +173,6 @@ class _Builder:
         return optimizer
 
     def _muon(self, expert: bool, initial_flops: tuple[float, ...] | None) -> MuonDistributedOptimizer:
-        grid = self._grid(expert)
-        specs = {e.parameter: matrix_spec(e, self.muon, max(grid.tp_ranks) + 1) for e in self._selected(expert, True)}
         inner = ShardedMuon(
             self._param_groups(expert, True),
             lr=self.config.lr if self.config.lr is not None else 0.0,
@@ -182,8 +184,8 @@ class _Builder:
             self.config,
             self.grad_scaler,
             _init_state,
-            specs=specs,
-            grid=grid,
+            specs=self._specs(expert),
+            grid=self._grid(expert),
             initial_flops=initial_flops,
             names=whole_model_names(self.chunks),
             **self._wrapper_arguments(expert, True),
@@ -192,6 +194,10 @@ class _Builder:
         optimizer.tp_group = self.parallel.tp
         optimizer.expert_tp_group = self._tp_group(True)
         return optimizer
+
+    def _specs(self, expert: bool) -> dict[nn.Parameter, MatrixSpec]:
+        tp_size = max(self._grid(expert).tp_ranks) + 1
+        return {e.parameter: matrix_spec(e, self.muon, tp_size) for e in self._selected(expert, True)}
 
     def _tp_group(self, expert: bool) -> dist.ProcessGroup:
         group: dist.ProcessGroup = self.parallel.tp
@@ -233,10 +239,19 @@ class _Builder:
         )
         return self._grids[expert]
 
-    def _flops_by_dense_rank(self, expert: MuonDistributedOptimizer) -> tuple[float, ...]:
-        """Newton-Schulz FLOPs of the experts' plan, by rank of the dense grid."""
-        grid = self._grid(False)
-        own = float(expert.optimizer.exchange.plan.rank_flops[dist.get_rank(expert.grid.group)])
+    def _largest_flops(self, expert: bool) -> int:
+        """Of the largest matrix of a kind; the same on all ranks that share any."""
+        specs = self._specs(expert).values()
+        return largest_matrix_flops(
+            specs, ns_steps=self.muon.ns_steps, options=plan_options(self.muon, self._grid(expert))
+        )
+
+    def _initial_flops(self, expert: bool, before: MuonDistributedOptimizer | None) -> tuple[float, ...] | None:
+        """Newton-Schulz FLOPs of the plan made before, by rank of this kind's grid. Collective over the grid."""
+        if before is None:
+            return None
+        grid = self._grid(expert)
+        own = float(before.optimizer.exchange.plan.rank_flops[dist.get_rank(before.grid.group)])
         gathered: list[Any] = [None] * len(grid.tp_ranks)
         dist.all_gather_object(gathered, own, group=grid.group)
         return tuple(gathered)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import Range
 from torch import nn
 
+from megatron_muon.config import MuonConfig
 from megatron_muon.matrices import MatrixSpec
 from megatron_muon.megatron.checkpoint import CheckpointedChain, CheckpointedOptimizer, report_changes
 from megatron_muon.megatron.metrics import MetricsLog
@@ -40,6 +41,15 @@ class Grid:
     def rank_at(self) -> dict[tuple[int, int], int]:
         """(data-parallel rank, tensor-parallel rank) -> rank of `group`."""
         return {at: rank for rank, at in enumerate(zip(self.dp_ranks, self.tp_ranks, strict=True))}
+
+
+def _device() -> torch.device:
+    return torch.device(torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def plan_options(muon: MuonConfig, grid: Grid) -> PlanOptions:
+    """What plans are made with on this machine."""
+    return PlanOptions.from_config(muon, CostModel.for_device(_device().type), grid.node_of)
 
 
 class MuonDistributedOptimizer(CheckpointedOptimizer):
@@ -82,17 +92,21 @@ class MuonDistributedOptimizer(CheckpointedOptimizer):
                 for tp_rank in range(spec.tp_size)
             )
             matrices.append(ShardedMatrix(spec, slices))
-        device = torch.device(torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         muon = optimizer.muon
-        options = PlanOptions.from_config(muon, CostModel.for_device(device.type), grid.node_of)
-        plan = build_plan(matrices, grid.tp_ranks, ns_steps=muon.ns_steps, initial_flops=initial_flops, options=options)
+        plan = build_plan(
+            matrices,
+            grid.tp_ranks,
+            ns_steps=muon.ns_steps,
+            initial_flops=initial_flops,
+            options=plan_options(muon, grid),
+        )
         main_slices = self._main_slices()
         index_of = {parameter: index for index, parameter in enumerate(specs)}
         optimizer.bind(
             plan,
             grid.group,
             {index_of[parameter]: main for parameter, main in main_slices.items()},
-            device,
+            _device(),
             {index_of[parameter]: name for parameter, name in (names or {}).items() if parameter in index_of},
         )
 

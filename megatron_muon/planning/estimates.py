@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_muon.matrices import MatrixSpec
-from megatron_muon.plan import OwnershipPlan
+from megatron_muon.plan import OwnershipPlan, PlanOptions, largest_matrix_flops
 from megatron_muon.planning.buffers import Buffer, default_bucket_size
 from megatron_muon.planning.links import Collective, ring
 from megatron_muon.planning.models import Layer, Model
@@ -174,11 +174,11 @@ def _estimate_stage(
     kinds = stage_kinds(layers, layout, settings)
 
     def combined(estimate: Callable[[Sequence[MatrixSpec], Grid], Load]) -> SchemeEstimate:
-        return _combine([(grid, estimate(specs, grid)) for specs, grid in kinds], settings)
+        return _combine([(grid, [estimate(specs, grid)] * grid.ep) for specs, grid in kinds], settings)
 
     plans = stage_plans(kinds, settings, bucket_size)
     schemes: dict[str, SchemeEstimate | None] = {
-        OURS: _combine([(g, distributed_muon(buffer, plan, g, settings)) for g, buffer, plan in plans], settings),
+        OURS: _combine([(g, _loads(buffer, own, g, settings)) for g, buffer, own in plans], settings),
         UPSTREAM: None,
         MOONLIGHT: combined(lambda specs, grid: all_gather(specs, grid, settings, bucket_size)),
     }
@@ -218,41 +218,86 @@ def stage_kinds(layers: Sequence[Layer], layout: Layout, settings: Settings) -> 
 
 def stage_plans(
     kinds: Sequence[Kind], settings: Settings, bucket_size: int | None
-) -> list[tuple[Grid, Buffer, OwnershipPlan]]:
-    """The plugin's ownership plans of a stage: experts' first, and the dense one levels out what that leaves uneven.
+) -> list[tuple[Grid, Buffer, tuple[OwnershipPlan, ...]]]:
+    """The plugin's ownership plans of a stage: first that of the kind with the larger matrices, see `build_plan`.
 
     Args:
         kinds: As `stage_kinds` returns them.
         settings: What else the plans depend on.
         bucket_size: Elements after which a bucket is closed; None for a single one.
+
+    Returns:
+        For each kind, in their order, its grid, its buffer, and a plan for each expert-parallel rank; for dense
+        matrices there is one.
     """
-    plans: list[tuple[Grid, Buffer, OwnershipPlan]] = []
-    for specs, grid in reversed(kinds):
-        initial = None
-        if plans:
-            expert_grid, _, expert_plan = plans[0]
-            initial = [float(expert_plan.rank_flops[rank]) for rank in expert_grid.rank_of_stage_rank]
-        plans.append((grid, *ownership_plan(specs, grid, settings, bucket_size, initial)))
-    return plans
+    options = PlanOptions.from_config(settings.muon, settings.cost, None)
+
+    def largest(kind: Kind) -> int:
+        return largest_matrix_flops(kind[0], ns_steps=settings.muon.ns_steps, options=options)
+
+    plans: dict[bool, tuple[Grid, Buffer, tuple[OwnershipPlan, ...]]] = {}
+    for specs, grid in sorted(kinds, key=largest, reverse=True):
+        before = [_flops_by_stage_rank(own, of_kind) for own, _, of_kind in plans.values()]
+        # Few loads differ, and where they do not, neither do the plans.
+        made: dict[tuple[Any, ...], tuple[Buffer, OwnershipPlan]] = {}
+        chosen = []
+        for ep_rank in range(grid.ep):
+            at = [grid.stage_rank(rank, ep_rank) for rank in range(grid.size)]
+            initial = [before[0][place] for place in at] if before else None
+            key = (tuple(initial or ()), tuple(place // settings.gpus_per_node for place in at))
+            if key not in made:
+                made[key] = ownership_plan(specs, grid, settings, bucket_size, initial, ep_rank)
+            chosen.append(made[key])
+        plans[grid.expert] = grid, chosen[0][0], tuple(plan for _, plan in chosen)
+    return [plans[grid.expert] for _, grid in kinds]
 
 
-def _combine(loads: Sequence[tuple[Grid, Load]], settings: Settings) -> SchemeEstimate:
-    """Adds dense and expert loads up, by rank of the stage."""
+def _flops_by_stage_rank(grid: Grid, plans: Sequence[OwnershipPlan]) -> list[float]:
+    out = [0.0] * (grid.size * grid.ep)
+    for ep_rank, plan in enumerate(plans):
+        for rank, flops in enumerate(plan.rank_flops):
+            out[grid.stage_rank(rank, ep_rank)] = float(flops)
+    return out
+
+
+def _loads(buffer: Buffer, plans: Sequence[OwnershipPlan], grid: Grid, settings: Settings) -> list[Load]:
+    """A load for each plan; equal plans are looked at once."""
+    made: dict[tuple[Any, ...], Load] = {}
+    out = []
+    for ep_rank, plan in enumerate(plans):
+        key = (id(plan), grid.stage_rank(0, ep_rank) // settings.gpus_per_node)
+        if key not in made:
+            made[key] = distributed_muon(buffer, plan, grid, settings, ep_rank)
+        out.append(made[key])
+    return out
+
+
+def _combine(loads: Sequence[tuple[Grid, Sequence[Load]]], settings: Settings) -> SchemeEstimate:
+    """Adds dense and expert loads up, by rank of the stage. A grid has a load for each expert-parallel rank."""
 
     def total(values: Callable[[Load], Sequence[Any]]) -> tuple[Any, ...]:
-        per_kind = [[values(load)[rank] for rank in grid.rank_of_stage_rank] for grid, load in loads]
-        return tuple(map(sum, zip(*per_kind, strict=True)))
+        out = [0] * (loads[0][0].size * loads[0][0].ep)
+        for grid, of_grid in loads:
+            for ep_rank, load in enumerate(of_grid):
+                for rank, value in enumerate(values(load)):
+                    out[grid.stage_rank(rank, ep_rank)] += value
+        return tuple(out)
 
     padding: list[float | None] = [None, None]
-    for grid, load in loads:
-        buffer = load.buffer
+    for grid, of_grid in loads:
+        buffer = of_grid[0].buffer
         padding[grid.expert] = buffer.padding_numel / (buffer.numel - buffer.padding_numel)
     return SchemeEstimate(
         flops=total(lambda load: load.flops),
         sent_bytes=total(lambda load: load.sent_bytes),
         team_bytes=total(lambda load: load.team_bytes),
         momentum_bytes=total(lambda load: load.momentum_bytes),
-        buffer_bytes=sum(load.buffer.numel for _, load in loads) * (settings.grad_bytes + PARAM_BYTES),
+        buffer_bytes=sum(of_grid[0].buffer.numel for _, of_grid in loads) * (settings.grad_bytes + PARAM_BYTES),
         padding=(padding[0], padding[1]),
-        collectives=tuple(c for _, load in loads for c in load.collectives),
+        # Grids that are alike exchange at the same time: the one that moves most counts.
+        collectives=tuple(c for _, of_grid in loads for c in max(of_grid, key=_moved).collectives),
     )
+
+
+def _moved(load: Load) -> float:
+    return sum(c.nvlink_bytes + c.network_bytes for c in load.collectives)

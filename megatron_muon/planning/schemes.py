@@ -100,6 +100,7 @@ def ownership_plan(
     settings: Settings,
     bucket_size: int | None,
     initial_flops: Sequence[float] | None = None,
+    ep_rank: int = 0,
 ) -> tuple[Buffer, OwnershipPlan]:
     """The buffer of a grid's matrices, and the plan that the plugin makes for them.
 
@@ -109,10 +110,11 @@ def ownership_plan(
         settings: The settings.
         bucket_size: As for `distributed_buffer`.
         initial_flops: Newton-Schulz FLOPs that each rank has already.
+        ep_rank: Which of the grids that are alike.
     """
     buffer = distributed_buffer([s.local_numel for s in specs], grid.dp, bucket_size)
     matrices = sharded_matrices(specs, buffer, grid)
-    nodes = [grid.stage_rank(rank) // settings.gpus_per_node for rank in range(grid.size)]
+    nodes = [grid.stage_rank(rank, ep_rank) // settings.gpus_per_node for rank in range(grid.size)]
     plan = build_plan(
         matrices,
         grid.tp_ranks,
@@ -123,7 +125,7 @@ def ownership_plan(
     return buffer, plan
 
 
-def distributed_muon(buffer: Buffer, plan: OwnershipPlan, grid: Grid, settings: Settings) -> Load:
+def distributed_muon(buffer: Buffer, plan: OwnershipPlan, grid: Grid, settings: Settings, ep_rank: int = 0) -> Load:
     """This project: sharded momentum, an owner or a team per matrix in the whole grid, all-to-all there and back.
 
     Args:
@@ -131,9 +133,10 @@ def distributed_muon(buffer: Buffer, plan: OwnershipPlan, grid: Grid, settings: 
         plan: As `ownership_plan` returns it.
         grid: The ranks that share the matrices.
         settings: The settings.
+        ep_rank: Which of the grids that are alike.
     """
     element_size = TORCH_DTYPES[settings.muon.exchange_dtype].itemsize
-    places = [grid.stage_rank(rank) for rank in range(grid.size)]
+    places = [grid.stage_rank(rank, ep_rank) for rank in range(grid.size)]
     padding = adamw_sent_bytes(buffer.padding_numel, grid, settings)
     sent = [0] * grid.size
     collectives = [ring(padding, grid.dp, group_stride(grid))]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import groupby
 from typing import Literal, get_args
 
@@ -122,15 +121,6 @@ class Grid:
         """Where a rank of the grid is among the stage's ranks."""
         dp_rank, tp_rank = divmod(rank, self.tp)
         return (dp_rank * self.ep + ep_rank) * self.tp + tp_rank
-
-    @cached_property
-    def rank_of_stage_rank(self) -> tuple[int, ...]:
-        """For each of the stage's ranks, its rank in its grid."""
-        out = [0] * (self.size * self.ep)
-        for rank in range(self.size):
-            for ep_rank in range(self.ep):
-                out[self.stage_rank(rank, ep_rank)] = rank
-        return tuple(out)
 
 
 def grids(layout: Layout) -> tuple[Grid, Grid]:
