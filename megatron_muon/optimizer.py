@@ -13,12 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import record_function
 
+from megatron_muon.agreement import backend_problem, compare_over_ranks, slices_problem
 from megatron_muon.config import TORCH_DTYPES, MuonConfig, gradient_gain
 from megatron_muon.elements import SliceElements
 from megatron_muon.exchange import Exchange, _Pending
 from megatron_muon.metrics import Recorder
 from megatron_muon.muon import apply_updates, band_update, momentum_update, orthogonalized_updates
-from megatron_muon.newton_schulz import load_backend
 from megatron_muon.ownership import OwnershipPlan
 from megatron_muon.pipeline import run_rounds
 from megatron_muon.rounding import random_bits, stochastic_bf16, stream
@@ -106,9 +106,9 @@ class ShardedMuon(torch.optim.Optimizer):
         if plan.ns_steps != self.muon.ns_steps:
             raise ValueError(f"bind: the plan was made for {plan.ns_steps} ns_steps, expected {self.muon.ns_steps}")
         rank = dist.get_rank(group) if dist.is_initialized() else 0
-        problem = _slices_problem(plan, rank, slices, [p for g in self.param_groups for p in g["params"]])
-        problem = problem or _backend_problem(self.muon, device)
-        _compare_over_ranks(plan.fingerprint, problem, group)
+        problem = slices_problem(plan, rank, slices, [p for g in self.param_groups for p in g["params"]])
+        problem = problem or backend_problem(self.muon, device)
+        compare_over_ranks(plan.fingerprint, problem, group)
         exchange = Exchange(plan, group, TORCH_DTYPES[self.muon.exchange_dtype], device)
         self._binding = _Binding(exchange, dict(slices), dict(names or {}))
 
@@ -393,45 +393,3 @@ class _Step:
 
 def _gradient(p: Tensor) -> Tensor:
     return p.grad if p.grad is not None else torch.zeros_like(p)
-
-
-def _slices_problem(
-    plan: OwnershipPlan, rank: int, slices: Mapping[int, Tensor], parameters: list[Tensor]
-) -> str | None:
-    """Says what does not fit between the plan and what this rank stores; None if all does."""
-    expected = {index: s.stop - s.start for index, m in enumerate(plan.matrices) for s in m.slices if s.rank == rank}
-    got = {index: p.numel() for index, p in slices.items()}
-    for index in sorted(expected.keys() | got.keys()):
-        if expected.get(index) != got.get(index):
-            name = plan.matrices[index].spec.name if index < len(plan.matrices) else f"parameter {index}"
-            return f"{name}: stores {got.get(index)} elements, but the plan says {expected.get(index)}"
-    if {id(p) for p in slices.values()} != {id(p) for p in parameters}:
-        return f"{len(parameters)} parameters are in the groups, but {len(slices)} slices are in the plan"
-    return None
-
-
-def _backend_problem(muon: MuonConfig, device: torch.device) -> str | None:
-    """Says why this host cannot run the chosen Newton-Schulz back end; None if it can."""
-    try:
-        load_backend(muon.ns_backend, device.type)
-    except RuntimeError as error:
-        return str(error)
-    return None
-
-
-def _compare_over_ranks(fingerprint: str, problem: str | None, group: dist.ProcessGroup | None) -> None:
-    """Raises on every rank of the group if any rank has a problem or another plan."""
-    gathered: list[Any] = [(fingerprint, problem)]
-    if dist.is_initialized() and dist.get_world_size(group) > 1:
-        gathered = [None] * dist.get_world_size(group)
-        dist.all_gather_object(gathered, (fingerprint, problem), group=group)
-    problems = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(gathered) if text]
-    if problems:
-        raise RuntimeError("Distributed Muon cannot start: " + "; ".join(problems))
-    prints = [entry[0] for entry in gathered]
-    if len(set(prints)) > 1:
-        listed = ", ".join(f"rank {rank}: {entry[:12]}" for rank, entry in enumerate(prints))
-        raise RuntimeError(
-            f"the ranks of a group made different ownership plans ({listed}). They must build the same model with the "
-            "same layout flags: compare the ranks' arguments, package versions and parameter names"
-        )

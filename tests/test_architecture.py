@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("assign", "ownership"),
     ("plan",),
     ("exchange",),
-    ("pipeline", "metrics"),
+    ("pipeline", "metrics", "agreement"),
     ("optimizer",),
     ("megatron", "cpu"),
     ("planning", "profile", "report", "launch"),
