@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 # From the bottom up. A unit is a module or a subpackage of the package; it may import units of lower layers only.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("newton_schulz",),
-    ("config", "matrices", "lockstep", "rounds"),
+    ("config", "matrices", "lockstep", "rounds", "checkpoints"),
     ("shares", "team"),
     ("muon", "reference", "cost_model"),
     ("assign", "ownership"),
@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 # Who may import Megatron whenever it is imported itself, and who only once a function of it is called.
 IMPORTS_MEGATRON = frozenset({"megatron", "cpu"})
-IMPORTS_MEGATRON_LAZILY = frozenset({"planning", "profile", "launch", "cli", ""})
+IMPORTS_MEGATRON_LAZILY = frozenset({"planning", "profile", "launch", "cli", "checkpoints", ""})
 
 
 @dataclass(frozen=True)
