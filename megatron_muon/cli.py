@@ -7,10 +7,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_muon import report
+from megatron_muon.checkpoints import command as checkpoints
 from megatron_muon.planning import command as plan
 
 # Each adds its parser, whose default `run` is its action. They import torch only when run.
-SUBCOMMANDS: tuple[Callable[[Any], argparse.ArgumentParser], ...] = (plan.add_parser, report.add_parser)
+SUBCOMMANDS: tuple[Callable[[Any], argparse.ArgumentParser], ...] = (
+    plan.add_parser,
+    report.add_parser,
+    checkpoints.add_inspect_parser,
+    checkpoints.add_convert_parser,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 # From the bottom up. A unit is a module or a subpackage of the package; it may import units of lower layers only.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("newton_schulz",),
-    ("config", "matrices", "lockstep", "rounds", "kinds"),
+    ("config", "matrices", "lockstep", "rounds", "kinds", "checkpoints"),
     ("shares", "team", "elements", "rounding"),
     ("muon", "reference", "cost_model", "second_moment"),
     ("reference_variants",),
@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 # Who may import Megatron whenever it is imported itself, and who only once a function of it is called.
 IMPORTS_MEGATRON = frozenset({"megatron", "cpu"})
-IMPORTS_MEGATRON_LAZILY = frozenset({"planning", "profile", "launch", "cli", ""})
+IMPORTS_MEGATRON_LAZILY = frozenset({"planning", "profile", "launch", "cli", "checkpoints", ""})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,147 @@
+"""What is in a checkpoint: parameters, who updates them, their norms, and the layout that wrote it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from megatron_muon.checkpoints.groups import source_momentum
+from megatron_muon.checkpoints.kinds import MAIN, MOMENTUM, kind_of, model_keys, parameters, sharding
+from megatron_muon.checkpoints.reader import Checkpoint
+
+# Names in Megatron's args, in the order in which they are printed.
+_LAYOUT = {
+    "world_size": "world_size",
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
+    "dp": "data_parallel_size",
+    "cp": "context_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tensor of the model. `optimizer` is muon, adamw or none; `norms` are Frobenius norms by state."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    chunks: int
+    optimizer: str
+    states: dict[str, str]
+    norms: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found. `layout` is as the checkpoint's args say; empty where it has none."""
+
+    directory: str
+    optimizer: str
+    sharding: str
+    iteration: int | None
+    momentum: float | None
+    layout: dict[str, int]
+    rows: tuple[Row, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+def inspect(
+    checkpoint: Checkpoint, *, norms: bool = True, progress: Callable[[str, int, int], None] | None = None
+) -> Inspection:
+    """Reads a checkpoint's metadata and, for norms, each of its tensors once, one chunk at a time.
+
+    Raises:
+        ValueError: If something in it is missing or damaged.
+    """
+    common, kind = checkpoint.common, kind_of(checkpoint)
+    args = common.get("args")
+    layout = {short: getattr(args, name, None) for short, name in _LAYOUT.items()}
+    trained = parameters(checkpoint)
+    tensors = checkpoint.tensors
+    names = sorted({*model_keys(tensors), *(trained if kind is not None else ())})
+    rows = []
+    for number, name in enumerate(names):
+        if progress is not None:
+            progress(name, number, len(names))
+        states = dict(trained[name].states) if name in trained else {}
+        weight = {"weight": name} if name in tensors else {}
+        keys = {**weight, **states}
+        first = tensors[next(iter(keys.values()))]
+        rows.append(
+            Row(
+                name=name,
+                shape=tuple(first.size),
+                dtype=_dtype(first.properties.dtype),
+                chunks=len(first.chunks),
+                optimizer="muon" if MOMENTUM in states else "adamw" if states else "none",
+                states={state: _dtype(tensors[key].properties.dtype) for state, key in sorted(states.items())},
+                norms={state: _norm(checkpoint, key) for state, key in keys.items()} if norms else {},
+            )
+        )
+    if progress is not None:
+        progress("done", len(names), len(names))
+    return Inspection(
+        directory=str(checkpoint.directory),
+        optimizer=kind or "none",
+        sharding=sharding(checkpoint),
+        iteration=common.get("iteration"),
+        momentum=source_momentum(common),
+        layout={short: int(size) for short, size in layout.items() if size is not None},
+        rows=tuple(rows),
+    )
+
+
+def _dtype(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _norm(checkpoint: Checkpoint, key: str) -> float:
+    squares = 0.0
+    for _, chunk in checkpoint.chunks(key):
+        if chunk.is_floating_point():
+            # In pieces, since a float64 copy of a chunk would be twice its size.
+            for piece in torch.split(chunk.flatten(), 1 << 20):
+                squares += float(piece.double().square().sum())
+        del chunk
+    return math.sqrt(squares)
+
+
+def print_inspection(found: Inspection, console: Any) -> None:
+    """Prints a table of the parameters under a line for each general fact."""
+    from rich.table import Table
+
+    layout = " ".join(f"{name}={size}" for name, size in found.layout.items()) or "not recorded"
+    console.print(f"checkpoint   {found.directory}", highlight=False, soft_wrap=True)
+    console.print(f"optimizer    {found.optimizer}, state {found.sharding}", highlight=False)
+    console.print(f"iteration    {found.iteration}", highlight=False)
+    if found.momentum is not None:
+        console.print(f"momentum     {found.momentum}", highlight=False)
+    console.print(f"written by   {layout}", highlight=False)
+    table = Table("parameter", "shape", "dtype", "optimizer", "weight norm", "state", "state norm")
+    for row in found.rows:
+        states = [state for state in row.states if state not in MAIN.values()]
+        table.add_row(
+            row.name,
+            "x".join(str(size) for size in row.shape),
+            row.dtype,
+            row.optimizer,
+            _number(row.norms.get("weight")),
+            "\n".join(states),
+            "\n".join(_number(row.norms.get(state)) for state in states),
+        )
+    console.print(table)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
