@@ -1,6 +1,6 @@
 """How much of the exchange hides behind Newton-Schulz: times every all-to-all of a step on Gloo ranks.
 
-    python benchmarks/overlap.py [--ranks 2] [--matrices 16] [--size 768] [--rounds-mb 4] [--steps 5] [--output DIR]
+    python benchmarks/overlap.py [--ranks 2] [--matrices 16] [--size 768] [--rounds-mb 1024] [--steps 5] [--output DIR]
 
 For each rank, seconds: the step, the time in which an exchange was under way, the time spent waiting for it, the
 share that was hidden, and the same exchange without computation for comparison. Writes overlap.{md,json} and
@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--matrices", type=int, default=16)
     parser.add_argument("--size", type=int, default=768, help="rows and columns of each matrix")
-    parser.add_argument("--rounds-mb", type=int, default=4, help="size of a round's buffer")
+    parser.add_argument("--rounds-mb", type=int, default=1024, help="size of a round's buffer")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "results")
     args = parser.parse_args()
