@@ -83,7 +83,7 @@ class Checkpoint:
         self.metadata = _read_metadata(self.directory)
         self._root = self.directory.resolve()
 
-    @property
+    @cached_property
     def tensors(self) -> dict[str, TensorStorageMetadata]:
         """Key -> shape, dtype and chunks of each tensor."""
         entries = self.metadata.state_dict_metadata

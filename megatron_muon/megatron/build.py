@@ -110,6 +110,7 @@ class _Builder:
         inter = groups["inter_dist_opt_group"]
         self.instance_id = dist.get_rank(inter) if inter is not None else 0
         self._grids: dict[bool, Grid] = {}
+        self.names = whole_model_names(chunks)
 
     def build(self) -> list[Any]:
         present = _present_anywhere([self._selected(expert, is_muon) for expert, is_muon in _KINDS])
@@ -117,10 +118,11 @@ class _Builder:
         muons = sorted(expert for expert, is_muon in present if is_muon)
         for expert in muons:
             self._grid(expert)  # collective over the world, hence in this order
+        specs = {expert: self._specs(expert) for expert in muons}
         before: MuonDistributedOptimizer | None = None
         # See `largest_matrix_flops`.
-        for expert in sorted(muons, key=self._largest_flops, reverse=True):
-            before = built[expert, True] = self._muon(expert, self._initial_flops(expert, before))
+        for expert in sorted(muons, key=lambda expert: self._largest_flops(expert, specs[expert]), reverse=True):
+            before = built[expert, True] = self._muon(expert, specs[expert], self._initial_flops(expert, before))
         return [built[kind] for kind in _KINDS if kind in built]
 
     def _selected(self, expert: bool, is_muon: bool) -> list[NamedParameter]:
@@ -172,7 +174,9 @@ class _Builder:
         optimizer.grad_scaler = self.grad_scaler
         return optimizer
 
-    def _muon(self, expert: bool, initial_flops: tuple[float, ...] | None) -> MuonDistributedOptimizer:
+    def _muon(
+        self, expert: bool, specs: dict[nn.Parameter, MatrixSpec], initial_flops: tuple[float, ...] | None
+    ) -> MuonDistributedOptimizer:
         inner = ShardedMuon(
             self._param_groups(expert, True),
             lr=self.config.lr if self.config.lr is not None else 0.0,
@@ -184,10 +188,10 @@ class _Builder:
             self.config,
             self.grad_scaler,
             _init_state,
-            specs=self._specs(expert),
+            specs=specs,
             grid=self._grid(expert),
             initial_flops=initial_flops,
-            names=whole_model_names(self.chunks),
+            names=self.names,
             **self._wrapper_arguments(expert, True),
         )
         optimizer.grad_stats_parallel_group = self.groups["intra_dist_opt_group"]
@@ -239,12 +243,10 @@ class _Builder:
         )
         return self._grids[expert]
 
-    def _largest_flops(self, expert: bool) -> int:
+    def _largest_flops(self, expert: bool, specs: dict[nn.Parameter, MatrixSpec]) -> int:
         """Of the largest matrix of a kind; the same on all ranks that share any."""
-        specs = self._specs(expert).values()
-        return largest_matrix_flops(
-            specs, ns_steps=self.muon.ns_steps, options=plan_options(self.muon, self._grid(expert))
-        )
+        options = plan_options(self.muon, self._grid(expert))
+        return largest_matrix_flops(specs.values(), ns_steps=self.muon.ns_steps, options=options)
 
     def _initial_flops(self, expert: bool, before: MuonDistributedOptimizer | None) -> tuple[float, ...] | None:
         """Newton-Schulz FLOPs of the plan made before, by rank of this kind's grid. Collective over the grid."""

@@ -8,7 +8,7 @@ from typing import Any
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from torch import nn
 
-from megatron_muon.megatron.routing import named_parameters
+from megatron_muon.megatron.routing import named_parameters, unwrapped
 
 
 def whole_model_names(model_chunks: Sequence[nn.Module]) -> dict[nn.Parameter, str]:
@@ -19,17 +19,10 @@ def whole_model_names(model_chunks: Sequence[nn.Module]) -> dict[nn.Parameter, s
     """
     out: dict[nn.Parameter, str] = {}
     for chunk in model_chunks:
-        modules = {id(module): module for module in chunk.modules()}
-        by_module = {name: module for name, module in _core(chunk).named_modules() if id(module) in modules}
+        by_module = dict(unwrapped(chunk).named_modules())
         for entry in named_parameters([chunk]):
             out[entry.parameter] = _whole_name(entry.name, by_module)
     return out
-
-
-def _core(model: nn.Module) -> nn.Module:
-    while isinstance(getattr(model, "module", None), nn.Module):
-        model = model.module  # type: ignore[assignment]
-    return model
 
 
 def _whole_name(name: str, modules: dict[str, nn.Module]) -> str:

@@ -40,7 +40,7 @@ def named_parameters(model_chunks: Sequence[nn.Module]) -> Iterator[NamedParamet
     """Trainable parameters of all chunks, each once, in the order of `named_parameters()` of the chunks."""
     seen: set[nn.Parameter] = set()
     for index, chunk in enumerate(model_chunks):
-        model = _unwrapped(chunk)
+        model = unwrapped(chunk)
         prefix = f"chunk{index}." if len(model_chunks) > 1 else ""
         modules = dict(model.named_modules())
         for module_name, module in modules.items():
@@ -53,7 +53,7 @@ def named_parameters(model_chunks: Sequence[nn.Module]) -> Iterator[NamedParamet
                     )
 
 
-def _unwrapped(model: nn.Module) -> nn.Module:
+def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel and Float16Module, which hold it as `module`."""
     while isinstance(getattr(model, "module", None), nn.Module):
         model = model.module  # type: ignore[assignment]
