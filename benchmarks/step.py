@@ -23,7 +23,7 @@ import statistics
 import tempfile
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -234,10 +234,10 @@ def timed_step(optimizer: Any) -> float:
     return float(elapsed)
 
 
-def peak_bytes(optimizer: Any) -> int:
-    """The most that a step allocates on top of what was there when it began, on this rank, by torch's own account."""
+def peak_bytes(run: Callable[[], Any]) -> int:
+    """The most that `run` allocates on top of what was there when it began, in this process, by torch's own account."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        optimizer.step()
+        run()
     total = highest = 0
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -277,7 +277,7 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
             times[name].append(timed_step(runs[name][1]))
     peaks = {}
     for name, (_, optimizer) in runs.items():
-        peak = torch.tensor(peak_bytes(optimizer))
+        peak = torch.tensor(peak_bytes(optimizer.step))
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
         peaks[name] = int(peak)
     return {

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from megatron_muon.newton_schulz import newton_schulz_flops
+from megatron_muon.newton_schulz import Method, newton_schulz_flops
 from megatron_muon.team import Seat
 
 _NORM_BYTES = 8
@@ -56,9 +56,11 @@ class CostModel:
         return round(seconds * self.flops_per_s)
 
 
-def alone_flops(count: int, rows: int, cols: int, steps: int, dtype: torch.dtype, device_type: str) -> int:
+def alone_flops(
+    count: int, rows: int, cols: int, steps: int, dtype: torch.dtype, device_type: str, method: Method = "auto"
+) -> int:
     """Floating-point operations of `count` logical matrices on one rank."""
-    return count * newton_schulz_flops(rows, cols, steps, dtype=dtype, device_type=device_type)
+    return count * newton_schulz_flops(rows, cols, steps, method, dtype=dtype, device_type=device_type)
 
 
 def band_flops(short: int, band: int, own_area: int, steps: int, *, divided: bool) -> int:
@@ -155,6 +157,7 @@ def share_costs(
     steps: int,
     dtype: torch.dtype,
     cost: CostModel,
+    method: Method = "auto",
 ) -> ShareCosts:
     """The costs of a part, for up to `most` owners.
 
@@ -165,13 +168,18 @@ def share_costs(
         steps: Number of iterations.
         dtype: Their data type.
         cost: Rates of the cluster.
+        method: Iteration of a matrix that one rank does; a team's is the standard one.
     """
     count, rows, cols = logical_shape
-    alone = alone_flops(count, rows, cols, steps, dtype, cost.device_type)
+
+    def whole(matrices: int) -> int:
+        return alone_flops(matrices, rows, cols, steps, dtype, cost.device_type, method)
+
+    alone = whole(count)
     in_node = min(node_size, most)
     if count > 1:
         # Whole matrices each, and nothing to say to each other.
-        across = [alone_flops(-(-count // k), rows, cols, steps, dtype, cost.device_type) for k in range(1, most + 1)]
+        across = [whole(-(-count // k)) for k in range(1, most + 1)]
         return ShareCosts(tuple(across), tuple(across[:in_node]), node_size=node_size)
     short, long = sorted((rows, cols))
 

@@ -14,6 +14,9 @@ from megatron_muon.lockstep import Talk
 from megatron_muon.newton_schulz import coefficients, load_backend, normalize, orthogonalize, scaling_for
 from megatron_muon.team import Seat, orthogonalize_band
 
+# 32 MiB in bf16, a few experts' matrices: enough to fill a device, while Newton-Schulz needs about three times a stack.
+_STACK_NUMEL = 2**24
+
 
 def momentum_update(
     momenta: Sequence[Tensor],
@@ -80,7 +83,7 @@ def orthogonalized_updates(views: Sequence[Tensor], config: MuonConfig) -> None:
 
     Args:
         views: 2-D, of any strides; mutated. Their dtype is kept; the iterations run in `config.ns_dtype`.
-        config: Coefficients, steps, scale and whether matrices of equal shape are stacked.
+        config: Coefficients, steps, scale and whether matrices of equal shape are stacked, as many as 2**24 elements.
     """
     schedule = coefficients(config.coefficients, config.ns_steps)
     dtype, scaling = TORCH_DTYPES[config.ns_dtype], scaling_for(config.coefficients)
@@ -92,7 +95,8 @@ def orthogonalized_updates(views: Sequence[Tensor], config: MuonConfig) -> None:
     run = orthogonalize if config.ns_backend == "torch" else _backend(config.ns_backend, views[0].device.type)
     for (rows, cols), group in by_shape.items():
         factor = owner_factor(rows, cols, config)
-        for stack in [group] if config.batched else [[view] for view in group]:
+        size = max(1, _STACK_NUMEL // (rows * cols)) if config.batched else 1
+        for stack in (group[start : start + size] for start in range(0, len(group), size)):
             matrices = [in_ns_dtype(view, dtype) for view in stack]
             batch = torch.stack(matrices) if len(matrices) > 1 else matrices[0]
             # Scaled in fp32: in bf16 the factor would be rounded before it is applied.

@@ -12,6 +12,7 @@ import torch
 
 from megatron_muon.cost_model import alone_flops, band_flops, band_sent_bytes, band_stages, own_area
 from megatron_muon.matrices import MatrixSpec
+from megatron_muon.newton_schulz import Method as NewtonSchulzMethod
 from megatron_muon.shares import Share, is_single, max_shares, share_run, share_shape, shares
 from megatron_muon.team import Seat
 
@@ -110,6 +111,7 @@ class OwnershipPlan:
         ns_steps: Newton-Schulz iterations.
         ns_dtype: Their data type.
         device_type: Of the devices that run them, for the FLOP count.
+        ns_method: Iteration of the matrices that one rank does, for the FLOP count.
 
     Raises:
         ValueError: If slices leave a gap or overlap, names repeat, an owner is no rank or owns two shares of a part,
@@ -124,6 +126,7 @@ class OwnershipPlan:
     ns_steps: int
     ns_dtype: torch.dtype = torch.bfloat16
     device_type: str = "cuda"
+    ns_method: NewtonSchulzMethod = "auto"
 
     def __post_init__(self) -> None:
         names = [m.spec.name for m in self.matrices]
@@ -166,6 +169,7 @@ class OwnershipPlan:
             self.ns_steps,
             self.ns_dtype,
             self.device_type,
+            self.ns_method,
         )
         return hashlib.sha256(repr(content).encode()).hexdigest()
 
@@ -232,7 +236,7 @@ class OwnershipPlan:
             count, rows, cols = self.spec(item).logical_shape(item.part)
             extent = share.stop - share.start
             count = count * extent // self.spec(item).joined_shape(item.part)[share.dim]
-            return alone_flops(count, rows, cols, self.ns_steps, self.ns_dtype, self.device_type)
+            return alone_flops(count, rows, cols, self.ns_steps, self.ns_dtype, self.device_type, self.ns_method)
         area = own_area(team.short, team.seat(item.share), item.share)
         return band_flops(team.short, share.stop - share.start, area, self.ns_steps, divided=team.method.divided)
 
@@ -248,7 +252,7 @@ class OwnershipPlan:
     def total_flops(self) -> int:
         """Newton-Schulz FLOPs of one step if no matrix were shared; over the ranks, the ideal load."""
         return sum(
-            alone_flops(*m.spec.logical_shape(part), self.ns_steps, self.ns_dtype, self.device_type)
+            alone_flops(*m.spec.logical_shape(part), self.ns_steps, self.ns_dtype, self.device_type, self.ns_method)
             for m in self.matrices
             for part in range(len(m.spec.parts))
         )

@@ -16,6 +16,7 @@ from megatron_muon.assign import Job, Owners, assign
 from megatron_muon.config import TORCH_DTYPES, MuonConfig
 from megatron_muon.cost_model import CostModel, alone_flops, band_cost, share_costs
 from megatron_muon.matrices import MatrixSpec
+from megatron_muon.newton_schulz import Method as NewtonSchulzMethod
 from megatron_muon.ownership import Item, Method, OwnershipPlan, Segment, ShardedMatrix, Slice, Team
 from megatron_muon.rounds import ENOUGH_ROUNDS, Load, make_rounds
 from megatron_muon.shares import is_single, max_shares, share_run, shares
@@ -46,6 +47,7 @@ class PlanOptions:
         buffer_bytes: The most that a round's buffer may take on a rank.
         node_of: Node of each rank of the group; None if it is not known.
         cost: Rates of the cluster.
+        ns_method: Iteration of the matrices that one rank does.
     """
 
     ns_dtype: torch.dtype = torch.bfloat16
@@ -54,6 +56,7 @@ class PlanOptions:
     buffer_bytes: int = 2**30
     node_of: tuple[int, ...] | None = None
     cost: CostModel = field(default_factory=CostModel)
+    ns_method: NewtonSchulzMethod = "auto"
 
     @classmethod
     def from_config(cls, muon: MuonConfig, cost: CostModel, node_of: Sequence[int] | None) -> PlanOptions:
@@ -65,6 +68,7 @@ class PlanOptions:
             buffer_bytes=muon.exchange_buffer_mb * 2**20,
             node_of=tuple(node_of) if node_of is not None else None,
             cost=cost,
+            ns_method=muon.ns_method,
         )
 
 
@@ -117,6 +121,7 @@ def build_plan(
         ns_steps=ns_steps,
         ns_dtype=options.ns_dtype,
         device_type=options.cost.device_type,
+        ns_method=options.ns_method,
     )
     return replace(one_round, rounds=_rounds(one_round, options)) if matrices else one_round
 
@@ -129,7 +134,8 @@ def largest_matrix_flops(specs: Iterable[MatrixSpec], *, ns_steps: int, options:
     """
     options = options or PlanOptions()
     shapes = {spec.logical_shape(part)[1:] for spec in specs for part in range(len(spec.parts))}
-    costs = (alone_flops(1, r, c, ns_steps, options.ns_dtype, options.cost.device_type) for r, c in shapes)
+    device_type, method = options.cost.device_type, options.ns_method
+    costs = (alone_flops(1, r, c, ns_steps, options.ns_dtype, device_type, method) for r, c in shapes)
     return max(costs, default=0)
 
 
@@ -142,7 +148,9 @@ def _node_size(nodes: Sequence[int]) -> int:
 def _job(matrix: ShardedMatrix, part: int, world_size: int, node_size: int, ns_steps: int, options: PlanOptions) -> Job:
     spec = matrix.spec
     most = min(options.max_team_size, world_size, max_shares(spec, part))
-    costs = share_costs(spec.logical_shape(part), most, node_size, ns_steps, options.ns_dtype, options.cost)
+    costs = share_costs(
+        spec.logical_shape(part), most, node_size, ns_steps, options.ns_dtype, options.cost, options.ns_method
+    )
     held = {s.rank: spec.part_offset(part, s.stop) - spec.part_offset(part, s.start) for s in matrix.slices}
     return Job((spec.name, part), costs, {rank: numel for rank, numel in held.items() if numel})
 

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from megatron_muon import muon
 from megatron_muon.config import MuonConfig, scale_factor
 from megatron_muon.muon import apply_updates, momentum_update, orthogonalized_updates
 from megatron_muon.newton_schulz import CoefficientSet, coefficients, orthogonalize
@@ -190,6 +191,25 @@ def test_batched_equals_unbatched(coefficient_set: str, steps: int) -> None:
     orthogonalized_updates(single, dataclasses.replace(config, batched=False))
     for a, b in zip(batched, single, strict=True):
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+def test_a_stack_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seven matrices in stacks of three: no product sees more, and all are updated."""
+    stacks: list[int] = []
+
+    def counted(batch: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        stacks.append(batch.shape[0] if batch.ndim == 3 else 1)
+        return orthogonalize(batch, *args, **kwargs)
+
+    matrices = [normal(seed, 8, 20) for seed in range(7)]
+    expected = [m.clone() for m in matrices]
+    orthogonalized_updates(expected, FP32)
+    monkeypatch.setattr(muon, "orthogonalize", counted)
+    monkeypatch.setattr(muon, "_STACK_NUMEL", 3 * 8 * 20 + 1)
+    orthogonalized_updates(matrices, FP32)
+    assert stacks == [3, 3, 1]
+    for matrix, one_stack in zip(matrices, expected, strict=True):
+        assert (matrix - one_stack).abs().max() <= 1e-5 * one_stack.abs().max()  # see the test above
 
 
 def test_unbatched_does_not_depend_on_the_other_matrices() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,8 +11,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import overlap
+from benchmarks.step import peak_bytes
 from megatron_muon.config import MuonConfig
 from megatron_muon.exchange import TEAM_BUFFERS, Exchange
+from megatron_muon.muon import orthogonalized_updates
 from megatron_muon.optimizer import ShardedMuon
 from megatron_muon.pipeline import hidden_share, run_rounds
 from tests.distributed import run_ranks
@@ -120,7 +123,10 @@ def buffers(rank: int, world_size: int) -> dict[str, Any]:
     halves = [plan.round_buffer_numel(r)[rank] for r in range(len(plan.rounds))]
     owned = [sum(math.prod(plan.shape(item)) for item in plan.items(r, rank)) for r in range(len(plan.rounds))]
     exchange: Exchange = optimizer.exchange
+    views = [[torch.randn(plan.shape(item)) for item in plan.items(r, rank)] for r in range(len(plan.rounds))]
     return dict(
+        step_peak_bytes=peak_bytes(optimizer.step),
+        batch_peak_bytes=max(peak_bytes(partial(orthogonalized_updates, v, optimizer.muon)) for v in views),
         rounds=len(plan.rounds),
         made=made,
         pointers=pointers,
@@ -143,6 +149,8 @@ def test_buffers_are_kept_and_bounded() -> None:
         assert result["round_bytes"] <= ROUNDS_BYTES
         assert result["buffer_bytes"] == 3 * result["round_bytes"] + result["collected_bytes"]
         assert result["buffer_bytes"] <= 2 * result["gather_and_scatter_bytes"] + result["collected_bytes"]
+        # Besides the buffers, which stay: the largest batch, and small tensors of the exchange.
+        assert 0 < result["batch_peak_bytes"] <= result["step_peak_bytes"] <= result["batch_peak_bytes"] + 1024
 
 
 def test_overlap_is_measured() -> None:

@@ -6,7 +6,7 @@ import itertools
 import time
 from collections import Counter
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_muon.assign import Job, Owners, assign
 from megatron_muon.cost_model import ShareCosts
 from megatron_muon.matrices import Blocks, MatrixSpec, Part, gated, interleaved, whole
+from megatron_muon.newton_schulz import newton_schulz_flops
 from megatron_muon.plan import (
     CostModel,
     Method,
@@ -25,6 +26,7 @@ from megatron_muon.plan import (
     ShardedMatrix,
     Slice,
     build_plan,
+    largest_matrix_flops,
 )
 from megatron_muon.rounds import Load, make_rounds
 from megatron_muon.shares import collected_strips, max_shares, shares, stored_strips
@@ -226,6 +228,18 @@ def test_a_plan_that_is_none_is_refused(name: str) -> None:
     plan = build_plan(*evenly(specs, 1, 2), ns_steps=5)
     with pytest.raises(ValueError, match=message):
         replace(plan, **change)
+
+
+@pytest.mark.parametrize("method", ["auto", "standard", "gram"])
+def test_a_chosen_iteration_is_what_plans_balance(method: Literal["auto", "standard", "gram"]) -> None:
+    specs = [MatrixSpec(f"m{i}", (64, 64 * (1 + i)), 1, None, whole(64)) for i in range(4)]
+    options = PlanOptions(ns_dtype=torch.float32, ns_method=method, max_team_size=1)
+    plan = build_plan(*evenly(specs, 1, 2), ns_steps=5, options=options)
+    costs = [newton_schulz_flops(*s.shape, 5, method) for s in specs]
+    assert plan.total_flops == sum(plan.rank_flops) == sum(costs)
+    best = min(max(sum(part), sum(costs) - sum(part)) for n in range(5) for part in itertools.combinations(costs, n))
+    assert max(plan.rank_flops) == best
+    assert largest_matrix_flops(specs, ns_steps=5, options=options) == costs[-1]
 
 
 def test_arguments_are_checked() -> None:

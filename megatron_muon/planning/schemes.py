@@ -81,7 +81,10 @@ def matrix_flops(spec: MatrixSpec, muon: MuonConfig) -> int:
     """Newton-Schulz FLOPs of a parameter's logical matrices, each once and by one rank: what `build_plan` counts."""
     shapes = (spec.logical_shape(part) for part in range(len(spec.parts)))
     dtype = TORCH_DTYPES[muon.ns_dtype]
-    return sum(count * newton_schulz_flops(rows, cols, muon.ns_steps, dtype=dtype) for count, rows, cols in shapes)
+    return sum(
+        count * newton_schulz_flops(rows, cols, muon.ns_steps, muon.ns_method, dtype=dtype)
+        for count, rows, cols in shapes
+    )
 
 
 def group_stride(grid: Grid) -> int:
