@@ -14,8 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_muon.config import MuonConfig
 from megatron_muon.planning.estimates import MOONLIGHT, OURS, SCHEMES, UPSTREAM
 from megatron_muon.planning.models import BUILT_IN
+from megatron_muon.planning.schemes import Settings
 from megatron_muon.planning.table import plan_table
 
 RANKS = tuple(2**n for n in range(3, 13))
@@ -28,6 +30,8 @@ Computed from shapes, nothing measured.
 
 - **NS max/ideal**: Newton-Schulz FLOPs of the most loaded rank over the share it would have if every logical matrix
   were orthogonalized once and the load were level.
+- **talk**: the same for the busiest rank with what its teams' messages are worth in FLOPs: what the planner makes
+  least. **flops**: NS max/ideal of the plan that `--muon-balance flops` makes, where messages do not count.
 - **padding**: of Muon's gradient and parameter buffers, over the parameters.
 - **sent**: what a rank sends beyond AdamW's reduce-scatter (4 B) and all-gather (2 B) of the same parameters, as a
   share of those; mean, and the most loaded rank. `-`: no data parallelism, so AdamW sends nothing.
@@ -40,6 +44,8 @@ COLUMNS = (
     "dp tp pp ep",
     "matrices/rank",
     "NS max/ideal",
+    "talk",
+    "flops",
     "up.",
     "Moonl.",
     "padding %",
@@ -61,6 +67,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['dp']} {row['tp']} {row['pp']} {row['ep']}",
             f"{row['logical_matrices_per_rank']:.1f}",
             f"{ours['max_over_ideal']:.2f}",
+            f"{ours['busiest_over_ideal']:.2f}",
+            f"{row['flops_max_over_ideal']:.2f}",
             f"{upstream['max_over_ideal']:.2f}",
             f"{moonlight['max_over_ideal']:.2f}",
             f"{100 * ours['padding']:.2f}",
@@ -85,6 +93,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, help="directory (default: benchmarks/results)")
     args = parser.parse_args(argv)
     rows = plan_table(args.models, args.ranks)
+    for row, level in zip(
+        rows, plan_table(args.models, args.ranks, Settings(muon=MuonConfig(balance="flops"))), strict=True
+    ):
+        row["flops_max_over_ideal"] = level[OURS]["max_over_ideal"]
     args.output.mkdir(parents=True, exist_ok=True)
     content = {"version": 1, "schemes": {"ours": OURS, "upstream": UPSTREAM, "moonlight": MOONLIGHT}, "rows": rows}
     (args.output / "plans.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -72,7 +72,7 @@ def assign(jobs: Sequence[Job], initial: Sequence[int], nodes: Sequence[int]) ->
     ranked = [jobs[i] for i in order]
     owners = _place(ranked, _Ranks(initial, nodes), limit=None)
     assert owners is not None
-    shared = _shared(ranked, initial, nodes, max(_loads(ranked, owners, initial), default=0))
+    shared = _shared(ranked, initial, nodes, max(loads_of(ranked, owners, initial), default=0))
     if shared is not None:
         owners = shared
         _grow_teams(ranked, owners, initial, nodes)
@@ -87,7 +87,8 @@ def _cost(job: Job, owners: Owners) -> int:
     return job.costs.of(owners.kind, len(owners.ranks))
 
 
-def _loads(jobs: Sequence[Job], owners: Sequence[Owners], initial: Sequence[int]) -> list[int]:
+def loads_of(jobs: Sequence[Job], owners: Sequence[Owners], initial: Sequence[int]) -> list[int]:
+    """What each rank has to do: what it had already, and its part of each job it is an owner of."""
     load = list(initial)
     for job, chosen in zip(jobs, owners, strict=True):
         cost = _cost(job, chosen)
@@ -112,7 +113,7 @@ def _shared(jobs: list[Job], initial: Sequence[int], nodes: Sequence[int], alone
             low = limit
         else:
             best = owners
-            high = max(_loads(jobs, owners, initial))
+            high = max(loads_of(jobs, owners, initial))
     return best if best is not None and high <= (1 - _LEAST_GAIN) * alone else None
 
 
@@ -233,7 +234,7 @@ def _grow_teams(jobs: list[Job], owners: list[Owners], initial: Sequence[int], n
 
     The makespan stays, and so do other jobs; what falls is the load of those that did not set it.
     """
-    load = _loads(jobs, owners, initial)
+    load = loads_of(jobs, owners, initial)
 
     def peak(members: list[int]) -> int:
         return max(load[rank] for index in members for rank in owners[index].ranks)
@@ -302,7 +303,7 @@ def _match(
 
 def _move_to_holders(jobs: list[Job], owners: list[Owners], initial: Sequence[int]) -> None:
     """Moves jobs that one rank does to ranks that hold more of them, if those stay within the makespan."""
-    load = _loads(jobs, owners, initial)
+    load = loads_of(jobs, owners, initial)
     limit = max(load, default=0)
     for index, job in enumerate(jobs):
         if len(owners[index].ranks) > 1:

@@ -21,6 +21,7 @@ FloatDtype = Literal["bf16", "fp16", "fp32"]
 ExchangeDtype = Literal["bf16", "fp32"]
 MomentumDtype = Literal["fp32", "bf16"]
 TensorParallelMode = Literal["exact", "blockwise"]
+Balance = Literal["time", "flops"]
 RouterOptimizer = Literal["muon", "adam"]
 InitFromAdamW = Literal["refuse", "momentum", "fresh"]
 
@@ -108,6 +109,12 @@ class MuonConfig:
     batched: bool = field(default=True, metadata={"help": "run Newton-Schulz on stacks of matrices of equal shape"})
     max_team_size: int = field(
         default=64, metadata={"help": "most ranks that may share one matrix where that is faster; 1: none share"}
+    )
+    balance: Balance = field(
+        default="time",
+        metadata={
+            "help": "what owners are chosen by: time, in which a team's messages count; or flops of Newton-Schulz alone"
+        },
     )
     exchange_buffer_mb: int = field(
         default=1024, metadata={"help": "size in MiB of a round's exchange buffer on a rank; bounds the rounds"}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -49,6 +50,10 @@ class CostModel:
         if device_type == "cuda":
             return cls()
         return cls(flops_per_s=50e9, bytes_per_s=1e9, node_bytes_per_s=1e9, latency_s=300e-6, device_type=device_type)
+
+    def with_free_messages(self) -> CostModel:
+        """The same devices, on links that take no time."""
+        return replace(self, bytes_per_s=math.inf, node_bytes_per_s=math.inf, latency_s=0.0)
 
     def as_flops(self, near_bytes: int, far_bytes: int, messages: int) -> int:
         """The operations a rank could do while it sends to its own node and to others in `messages` all-to-alls."""

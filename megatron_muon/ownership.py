@@ -112,6 +112,8 @@ class OwnershipPlan:
         ns_dtype: Their data type.
         device_type: Of the devices that run them, for the FLOP count.
         ns_method: Iteration of the matrices that one rank does, for the FLOP count.
+        loads: What the planner reckoned with for each rank, in FLOPs: other plans' work, its Newton-Schulz, and what
+            it could compute while its teams talk. Empty if the plan was not made by `build_plan`.
 
     Raises:
         ValueError: If slices leave a gap or overlap, names repeat, an owner is no rank or owns two shares of a part,
@@ -127,6 +129,7 @@ class OwnershipPlan:
     ns_dtype: torch.dtype = torch.bfloat16
     device_type: str = "cuda"
     ns_method: NewtonSchulzMethod = "auto"
+    loads: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         names = [m.spec.name for m in self.matrices]
@@ -170,6 +173,7 @@ class OwnershipPlan:
             self.ns_dtype,
             self.device_type,
             self.ns_method,
+            self.loads,
         )
         return hashlib.sha256(repr(content).encode()).hexdigest()
 

@@ -7,13 +7,13 @@ tested for any number of ranks in one process.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
-from megatron_muon.assign import Job, Owners, assign
-from megatron_muon.config import TORCH_DTYPES, MuonConfig
+from megatron_muon.assign import Job, Owners, assign, loads_of
+from megatron_muon.config import TORCH_DTYPES, Balance, MuonConfig
 from megatron_muon.cost_model import CostModel, alone_flops, band_cost, share_costs
 from megatron_muon.matrices import MatrixSpec
 from megatron_muon.newton_schulz import Method as NewtonSchulzMethod
@@ -32,8 +32,12 @@ __all__ = [
     "Slice",
     "Team",
     "build_plan",
+    "fewest_idle",
     "largest_matrix_flops",
 ]
+
+_SMALL_TEAM = 8
+_LEVEL = 1.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +52,7 @@ class PlanOptions:
         node_of: Node of each rank of the group; None if it is not known.
         cost: Rates of the cluster.
         ns_method: Iteration of the matrices that one rank does.
+        balance: Whether messages within teams count when owners are chosen.
     """
 
     ns_dtype: torch.dtype = torch.bfloat16
@@ -57,6 +62,12 @@ class PlanOptions:
     node_of: tuple[int, ...] | None = None
     cost: CostModel = field(default_factory=CostModel)
     ns_method: NewtonSchulzMethod = "auto"
+    balance: Balance = "time"
+
+    @property
+    def team_cost(self) -> CostModel:
+        """What owners are chosen by."""
+        return self.cost if self.balance == "time" else self.cost.with_free_messages()
 
     @classmethod
     def from_config(cls, muon: MuonConfig, cost: CostModel, node_of: Sequence[int] | None) -> PlanOptions:
@@ -69,6 +80,7 @@ class PlanOptions:
             node_of=tuple(node_of) if node_of is not None else None,
             cost=cost,
             ns_method=muon.ns_method,
+            balance=muon.balance,
         )
 
 
@@ -77,7 +89,7 @@ def build_plan(
     tp_ranks: Sequence[int],
     *,
     ns_steps: int,
-    initial_flops: Sequence[float] | None = None,
+    initial_loads: Sequence[float] | None = None,
     options: PlanOptions | None = None,
 ) -> OwnershipPlan:
     """Chooses owners that balance Newton-Schulz FLOPs over the whole DP x TP grid, and rounds.
@@ -89,7 +101,7 @@ def build_plan(
         matrices: Parameters with their slices, in the same order on every rank.
         tp_ranks: Tensor-parallel rank of each rank of the group.
         ns_steps: Newton-Schulz iterations, for the FLOP count.
-        initial_flops: Work that each rank has already, in FLOPs: that of another plan for the same ranks.
+        initial_loads: Work that each rank has already, in FLOPs: `loads` of another plan for the same ranks.
         options: Everything else.
 
     Raises:
@@ -97,10 +109,10 @@ def build_plan(
     """
     options = options or PlanOptions()
     world_size = len(tp_ranks)
-    initial = [round(flops) for flops in initial_flops] if initial_flops is not None else [0] * world_size
+    initial = [round(flops) for flops in initial_loads] if initial_loads is not None else [0] * world_size
     # Where nothing is known of nodes, each rank counts as one.
     nodes = options.node_of if options.node_of is not None else tuple(range(world_size))
-    for name, values in (("initial_flops", initial), ("node_of", nodes)):
+    for name, values in (("initial_loads", initial), ("node_of", nodes)):
         if len(values) != world_size:
             raise ValueError(f"{name}: got {len(values)} values for {world_size} ranks")
     node_size = _node_size(nodes)
@@ -108,7 +120,8 @@ def build_plan(
     jobs = [_job(matrices[index], part, world_size, node_size, ns_steps, options) for index, part in keys]
     owners: list[list[tuple[int, ...]]] = [[()] * len(m.spec.parts) for m in matrices]
     methods: list[list[Method]] = [[Method()] * len(m.spec.parts) for m in matrices]
-    for (index, part), chosen in zip(keys, assign(jobs, initial, nodes), strict=True):
+    assigned = assign(jobs, initial, nodes)
+    for (index, part), chosen in zip(keys, assigned, strict=True):
         method = _method(matrices[index].spec, part, chosen, node_size, ns_steps, options)
         methods[index][part] = method
         owners[index][part] = _by_share(matrices[index], part, chosen.ranks, method.groups, tp_ranks)
@@ -122,6 +135,7 @@ def build_plan(
         ns_dtype=options.ns_dtype,
         device_type=options.cost.device_type,
         ns_method=options.ns_method,
+        loads=tuple(loads_of(jobs, assigned, initial)),
     )
     return replace(one_round, rounds=_rounds(one_round, options)) if matrices else one_round
 
@@ -139,6 +153,28 @@ def largest_matrix_flops(specs: Iterable[MatrixSpec], *, ns_steps: int, options:
     return max(costs, default=0)
 
 
+def fewest_idle[T](max_team_size: int, attempt: Callable[[int], tuple[T, float]]) -> T:
+    """Two plans for the same ranks, with the limit on the first one's teams that levels their sum best.
+
+    Teams level the first kind of matrices alone, and leave the second kind nothing uneven to fill with whole matrices.
+    Where that ends worse than with smaller teams or none, these are better.
+
+    Args:
+        max_team_size: The largest limit.
+        attempt: From a limit to the plans and the load of the busiest rank over the ideal. Called with other limits
+            while that exceeds 1.05; the same on every rank, since it may communicate.
+    """
+    limits = sorted({max_team_size, min(_SMALL_TEAM, max_team_size), 1}, reverse=True)
+    plans, least = attempt(limits[0])
+    for limit in limits[1:]:
+        if least <= _LEVEL:
+            break
+        others, imbalance = attempt(limit)
+        if imbalance < least:
+            plans, least = others, imbalance
+    return plans
+
+
 def _node_size(nodes: Sequence[int]) -> int:
     """Ranks of a node, or 1 if not all nodes have as many."""
     sizes = set(Counter(nodes).values())
@@ -149,7 +185,7 @@ def _job(matrix: ShardedMatrix, part: int, world_size: int, node_size: int, ns_s
     spec = matrix.spec
     most = min(options.max_team_size, world_size, max_shares(spec, part))
     costs = share_costs(
-        spec.logical_shape(part), most, node_size, ns_steps, options.ns_dtype, options.cost, options.ns_method
+        spec.logical_shape(part), most, node_size, ns_steps, options.ns_dtype, options.team_cost, options.ns_method
     )
     held = {s.rank: spec.part_offset(part, s.stop) - spec.part_offset(part, s.start) for s in matrix.slices}
     return Job((spec.name, part), costs, {rank: numel for rank, numel in held.items() if numel})
@@ -162,7 +198,7 @@ def _method(spec: MatrixSpec, part: int, owners: Owners, node_size: int, ns_step
     groups = size // node_size if owners.kind == "nodes" else 1
     short, long = sorted(spec.joined_shape(part))
     itemsize = options.ns_dtype.itemsize
-    _, divided = band_cost(short, long, size, owners.kind, groups, ns_steps, itemsize, options.cost)
+    _, divided = band_cost(short, long, size, owners.kind, groups, ns_steps, itemsize, options.team_cost)
     return Method(divided, groups)
 
 

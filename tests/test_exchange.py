@@ -71,7 +71,7 @@ def random_plan(tp_ranks: Sequence[int], rounds: int, seed: int, busy: int | Non
     rng = random.Random(seed)
     matrices = [cut(spec, tp_ranks, rng) for spec in specs(max(tp_ranks) + 1)]
     load = [1e18 if rank == busy else 0.0 for rank in range(len(tp_ranks))]
-    plan = build_plan(matrices, tp_ranks, ns_steps=5, initial_flops=load, options=PlanOptions(max_team_size=1))
+    plan = build_plan(matrices, tp_ranks, ns_steps=5, initial_loads=load, options=PlanOptions(max_team_size=1))
     members = list(range(len(matrices)))
     rng.shuffle(members)
     return dataclasses.replace(plan, rounds=tuple(tuple(members[r::rounds]) for r in range(rounds)))

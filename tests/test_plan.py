@@ -26,6 +26,7 @@ from megatron_muon.plan import (
     ShardedMatrix,
     Slice,
     build_plan,
+    fewest_idle,
     largest_matrix_flops,
 )
 from megatron_muon.rounds import Load, make_rounds
@@ -242,10 +243,31 @@ def test_a_chosen_iteration_is_what_plans_balance(method: Literal["auto", "stand
     assert largest_matrix_flops(specs, ns_steps=5, options=options) == costs[-1]
 
 
+@pytest.mark.parametrize(
+    "most, imbalances, tried, best",
+    [
+        (64, {64: 1.05}, [64], 64),
+        (64, {64: 1.3, 8: 1.04}, [64, 8], 8),
+        (64, {64: 1.3, 8: 1.4, 1: 1.2}, [64, 8, 1], 1),
+        (64, {64: 1.3, 8: 1.3, 1: 1.3}, [64, 8, 1], 64),
+        (4, {4: 2.0, 1: 1.9}, [4, 1], 1),
+        (1, {1: 2.0}, [1], 1),
+    ],
+)
+def test_fewest_idle_ranks(most: int, imbalances: dict[int, float], tried: list[int], best: int) -> None:
+    calls: list[int] = []
+
+    def attempt(limit: int) -> tuple[int, float]:
+        calls.append(limit)
+        return limit, imbalances[limit]
+
+    assert fewest_idle(most, attempt) == best and calls == tried
+
+
 def test_arguments_are_checked() -> None:
     matrices, tp_ranks = evenly([MatrixSpec("m", (4, 4), 1, None, whole(4))], 1, 2)
-    with pytest.raises(ValueError, match="initial_flops: got 3 values for 2 ranks"):
-        build_plan(matrices, tp_ranks, ns_steps=5, initial_flops=[0, 0, 0])
+    with pytest.raises(ValueError, match="initial_loads: got 3 values for 2 ranks"):
+        build_plan(matrices, tp_ranks, ns_steps=5, initial_loads=[0, 0, 0])
     with pytest.raises(ValueError, match="node_of: got 1 values for 2 ranks"):
         build_plan(matrices, tp_ranks, ns_steps=5, options=PlanOptions(node_of=(0,)))
     with pytest.raises(ValueError, match=r"CostModel.bytes_per_s: got 0"):

@@ -385,19 +385,51 @@ def test_teams_even_out_large_grids(model: str, sizes: dict[str, int]) -> None:
 
 def test_the_kind_with_the_larger_matrices_is_planned_first() -> None:
     """Moonlight's dense matrices are larger than its experts', which then go where the dense plan left room."""
-    layout, settings = Layout(dp=64, pp=4, ep=8), Settings()
+    layout, settings = Layout(dp=64, pp=4, ep=8), Settings(muon=MuonConfig(max_team_size=1))
     model = load_model("moonlight-16b")
     kinds = stage_kinds(model.layers[:7], layout, settings)
     (_, _, (dense,)), (grid, _, experts) = stage_plans(kinds, settings, None)
     assert dense == ownership_plan(kinds[0][0], kinds[0][1], settings, None)[1]
     assert len(experts) == 8 and len({plan.fingerprint for plan in experts}) > 1
     for ep_rank, plan in enumerate(experts):
-        initial = [float(dense.rank_flops[grid.stage_rank(rank, ep_rank)]) for rank in range(grid.size)]
+        initial = [float(dense.loads[grid.stage_rank(rank, ep_rank)]) for rank in range(grid.size)]
         assert plan == ownership_plan(*kinds[1], settings, None, initial, ep_rank)[1]
+        assert [plan.loads[r] - initial[r] for r in range(grid.size)] == list(plan.rank_flops)
     # Mixtral's experts are larger than its attention's matrices.
     small, large = kinds[1][0], kinds[0][0]
     (_, _, first), (_, _, second) = stage_plans([(small, kinds[0][1]), (large, kinds[1][1])], settings, None)
     assert len({plan.fingerprint for plan in second}) == 1 and len(first) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "sizes"), [("moonlight-16b", dict(dp=256, pp=4, ep=8)), ("deepseek-v3", dict(dp=16, pp=16, ep=16))]
+)
+def test_balanced_by_flops_alone(model: str, sizes: dict[str, int]) -> None:
+    """At least four matrices a rank: level within 5 %, at the price of messages, which the default counts."""
+    by_flops = Settings(muon=MuonConfig(balance="flops"))
+    level, fast = (plan_model(load_model(model), Layout(**sizes), s) for s in (by_flops, Settings()))
+    for stage in level.stages:
+        assert stage.num_logical_matrices >= 4 * sizes["dp"]
+        imbalance = stage.imbalance(OURS)
+        assert imbalance is not None and imbalance <= 1.05
+    assert max(stage.imbalance(OURS) or math.inf for stage in fast.stages) > 1.05
+    assert max(estimate(level, OURS).team_bytes) > max(estimate(fast, OURS).team_bytes)
+
+
+@pytest.mark.parametrize("layers, best", [(slice(0, 7), 8), (slice(7, 14), 1)])
+def test_the_first_kinds_teams_are_as_large_as_levels_the_sum(layers: slice, best: int) -> None:
+    """Moonlight on 256 ranks a stage: with no limit the dense matrices' teams leave experts nothing uneven to fill."""
+    settings = Settings()
+    kinds = stage_kinds(load_model("moonlight-16b").layers[layers], Layout(dp=256, pp=4, ep=8), settings)
+    busiest = {}
+    for limit in (settings.muon.max_team_size, 8, 1):
+        _, first = ownership_plan(*kinds[0], settings, None, max_team_size=limit)
+        initial = [[float(first.loads[kinds[1][1].stage_rank(r, e)]) for r in range(32)] for e in range(8)]
+        experts = [ownership_plan(*kinds[1], settings, None, initial[e], e)[1] for e in range(8)]
+        busiest[limit] = max(max(plan.loads) for plan in experts)
+    assert min(busiest, key=lambda limit: busiest[limit]) == best
+    _, (_, _, chosen) = stage_plans(kinds, settings, None)
+    assert max(max(plan.loads) for plan in chosen) == busiest[best] < 0.9 * busiest[settings.muon.max_team_size]
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     milliseconds = {m.name: {"exchange": "float", "newton_schulz": "float"} for m in MACHINES}
     range_of = {"mean": "float", "max": "float"}
     scheme = {
-        "flops": {"max": "float", "mean": "float", "max_over_ideal": "float"},
+        "flops": {"max": "float", "mean": "float", "max_over_ideal": "float", "busiest_over_ideal": "float"},
         "sent_bytes": range_of,
         "team_bytes": range_of,
         "momentum_bytes": {"mean": "float", "max": "int"},

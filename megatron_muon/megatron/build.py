@@ -31,7 +31,7 @@ from megatron_muon.megatron.distributed import (
 from megatron_muon.megatron.identity import whole_model_names
 from megatron_muon.megatron.routing import TAG, NamedParameter, matrix_spec, named_parameters, uses_muon
 from megatron_muon.optimizer import ShardedMuon
-from megatron_muon.plan import largest_matrix_flops
+from megatron_muon.plan import OwnershipPlan, fewest_idle, largest_matrix_flops
 
 
 def get_megatron_optimizer(
@@ -119,10 +119,11 @@ class _Builder:
         for expert in muons:
             self._grid(expert)  # collective over the world, hence in this order
         specs = {expert: self._specs(expert) for expert in muons}
-        before: MuonDistributedOptimizer | None = None
+        built.update({(expert, True): self._muon(expert, specs[expert]) for expert in muons})
         # See `largest_matrix_flops`.
-        for expert in sorted(muons, key=lambda expert: self._largest_flops(expert, specs[expert]), reverse=True):
-            before = built[expert, True] = self._muon(expert, specs[expert], self._initial_flops(expert, before))
+        order = sorted(muons, key=lambda expert: self._largest_flops(expert, specs[expert]), reverse=True)
+        for expert, plan in self._plans({expert: built[expert, True] for expert in order}).items():
+            built[expert, True].bind(plan)
         return [built[kind] for kind in _KINDS if kind in built]
 
     def _selected(self, expert: bool, is_muon: bool) -> list[NamedParameter]:
@@ -174,9 +175,7 @@ class _Builder:
         optimizer.grad_scaler = self.grad_scaler
         return optimizer
 
-    def _muon(
-        self, expert: bool, specs: dict[nn.Parameter, MatrixSpec], initial_flops: tuple[float, ...] | None
-    ) -> MuonDistributedOptimizer:
+    def _muon(self, expert: bool, specs: dict[nn.Parameter, MatrixSpec]) -> MuonDistributedOptimizer:
         inner = ShardedMuon(
             self._param_groups(expert, True),
             lr=self.config.lr if self.config.lr is not None else 0.0,
@@ -190,7 +189,6 @@ class _Builder:
             _init_state,
             specs=specs,
             grid=self._grid(expert),
-            initial_flops=initial_flops,
             names=self.names,
             **self._wrapper_arguments(expert, True),
         )
@@ -248,14 +246,32 @@ class _Builder:
         options = plan_options(self.muon, self._grid(expert))
         return largest_matrix_flops(specs.values(), ns_steps=self.muon.ns_steps, options=options)
 
-    def _initial_flops(self, expert: bool, before: MuonDistributedOptimizer | None) -> tuple[float, ...] | None:
-        """Newton-Schulz FLOPs of the plan made before, by rank of this kind's grid. Collective over the grid."""
-        if before is None:
-            return None
+    def _plans(self, muons: dict[bool, MuonDistributedOptimizer]) -> dict[bool, OwnershipPlan]:
+        """A plan for each of the optimizers, in the order in which they are to be made. Collective over the grids."""
+        most = self.muon.max_team_size
+
+        def attempt(max_team_size: int) -> tuple[dict[bool, OwnershipPlan], float]:
+            plans: dict[bool, OwnershipPlan] = {}
+            own_load = 0
+            for (expert, optimizer), limit in zip(muons.items(), (max_team_size, most), strict=False):
+                initial = self._over_grid(expert, own_load) if plans else None
+                plans[expert] = optimizer.make_plan(initial, limit)
+                own_load = plans[expert].loads[dist.get_rank(optimizer.grid.group)]
+            if len(muons) == 1:
+                return plans, 1.0
+            # The dense matrices' grid has all ranks of the stage; experts of another expert-parallel rank are planned
+            # there.
+            loads = self._over_grid(False, own_load)
+            ideals = self._over_grid(False, sum(plan.total_flops / plan.world_size for plan in plans.values()))
+            return plans, max(loads) * len(ideals) / max(sum(ideals), 1.0)
+
+        return fewest_idle(most, attempt)
+
+    def _over_grid(self, expert: bool, value: float) -> tuple[float, ...]:
+        """The value of each rank of a grid. Collective over it."""
         grid = self._grid(expert)
-        own = float(before.optimizer.exchange.plan.rank_flops[dist.get_rank(before.grid.group)])
         gathered: list[Any] = [None] * len(grid.tp_ranks)
-        dist.all_gather_object(gathered, own, group=grid.group)
+        dist.all_gather_object(gathered, value, group=grid.group)
         return tuple(gathered)
 
 

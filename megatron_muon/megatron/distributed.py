@@ -18,7 +18,7 @@ from megatron_muon.matrices import MatrixSpec
 from megatron_muon.megatron.checkpoint import CheckpointedChain, CheckpointedOptimizer, report_changes
 from megatron_muon.megatron.metrics import MetricsLog
 from megatron_muon.optimizer import ShardedMuon
-from megatron_muon.plan import CostModel, PlanOptions, ShardedMatrix, Slice, build_plan
+from megatron_muon.plan import CostModel, OwnershipPlan, PlanOptions, ShardedMatrix, Slice, build_plan
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,13 @@ class MuonDistributedOptimizer(CheckpointedOptimizer):
     """DistributedOptimizer whose inner optimizer is `ShardedMuon`, with that optimizer's state.
 
     Gradients, fp32 main slices, parameter buffers and their all-gather are Megatron's, unchanged. This class tells
-    ShardedMuon which flat range of which matrix each slice is.
+    ShardedMuon which flat range of which matrix each slice is, once `bind` has given it a plan that `make_plan` made.
 
     Args:
         optimizer: A ShardedMuon over the model parameters; Megatron replaces them by their slices.
         *args: As for DistributedOptimizer.
         specs: Model parameter -> spec, for all of Muon's parameters in the buffers, in plan order.
         grid: The ranks that share them.
-        initial_flops: Newton-Schulz FLOPs that each rank of the grid has to do for other matrices already.
         names: Model parameter -> its name in the whole model, the same in every layout.
         **kwargs: As for DistributedOptimizer.
     """
@@ -77,38 +76,55 @@ class MuonDistributedOptimizer(CheckpointedOptimizer):
         *args: Any,
         specs: dict[nn.Parameter, MatrixSpec],
         grid: Grid,
-        initial_flops: Sequence[float] | None = None,
         names: Mapping[nn.Parameter, str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(optimizer, *args, **kwargs)
         self.grid = grid
+        self._specs = specs
+        self._names = names or {}
+
+    def make_plan(self, initial_loads: Sequence[float] | None, max_team_size: int) -> OwnershipPlan:
+        """A plan for the matrices. No communication: it follows from the layout, and is the same on the whole grid.
+
+        Args:
+            initial_loads: What each rank of the grid has to do for other matrices already, as `OwnershipPlan.loads`.
+            max_team_size: The most ranks that may share a matrix.
+        """
+        muon, grid = self.optimizer.muon, self.grid
+        return build_plan(
+            self._sharded,
+            grid.tp_ranks,
+            ns_steps=muon.ns_steps,
+            initial_loads=initial_loads,
+            options=dataclasses.replace(plan_options(muon, grid), max_team_size=max_team_size),
+        )
+
+    def bind(self, plan: OwnershipPlan) -> None:
+        """Gives the inner optimizer its plan and its slices. Collective over the grid; see `ShardedMuon.bind`."""
+        main_slices = self._main_slices()
+        index_of = {parameter: index for index, parameter in enumerate(self._specs)}
+        self.optimizer.bind(
+            plan,
+            self.grid.group,
+            {index_of[parameter]: main for parameter, main in main_slices.items()},
+            _device(),
+            {index_of[parameter]: name for parameter, name in self._names.items() if parameter in index_of},
+        )
+
+    @cached_property
+    def _sharded(self) -> list[ShardedMatrix]:
+        """Every matrix of the grid with the slices of all ranks, in plan order."""
         ranges = self._ranges_by_dp_rank()
         matrices = []
-        for parameter, spec in specs.items():
+        for parameter, spec in self._specs.items():
             slices = tuple(
-                Slice(grid.rank_at[dp_rank, tp_rank], start, stop)
+                Slice(self.grid.rank_at[dp_rank, tp_rank], start, stop)
                 for dp_rank, (start, stop) in ranges[parameter].items()
                 for tp_rank in range(spec.tp_size)
             )
             matrices.append(ShardedMatrix(spec, slices))
-        muon = optimizer.muon
-        plan = build_plan(
-            matrices,
-            grid.tp_ranks,
-            ns_steps=muon.ns_steps,
-            initial_flops=initial_flops,
-            options=plan_options(muon, grid),
-        )
-        main_slices = self._main_slices()
-        index_of = {parameter: index for index, parameter in enumerate(specs)}
-        optimizer.bind(
-            plan,
-            grid.group,
-            {index_of[parameter]: main for parameter, main in main_slices.items()},
-            _device(),
-            {index_of[parameter]: name for parameter, name in (names or {}).items() if parameter in index_of},
-        )
+        return matrices
 
     def _ranges_by_dp_rank(self) -> dict[nn.Parameter, dict[int, tuple[int, int]]]:
         """For each parameter, the flat range of it that each data-parallel rank stores, if not empty."""

@@ -51,6 +51,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     muon.add_argument("--ns-steps", type=int, default=None, help="Newton-Schulz iterations")
     muon.add_argument("--exchange-dtype", default=None, help="bf16 (default) or fp32")
     muon.add_argument("--router", default=None, help="muon (default) or adam")
+    muon.add_argument("--balance", default=None, help="time (default): teams' messages count; or flops alone")
     muon.add_argument("--no-split-qkv", action="store_true", help="orthogonalize fused QKV weights as one matrix")
     muon.add_argument("--no-split-gated", action="store_true", help="orthogonalize gate and up as one matrix")
     megatron = parser.add_argument_group("Megatron")
@@ -97,7 +98,7 @@ def _plan(args: argparse.Namespace) -> ModelPlan:
     from megatron_muon.planning.shapes import load_model
     from megatron_muon.planning.stages import Layout
 
-    given = {name: getattr(args, name) for name in ("ns_steps", "exchange_dtype", "router")}
+    given = {name: getattr(args, name) for name in ("ns_steps", "exchange_dtype", "router", "balance")}
     muon = MuonConfig(
         split_qkv=not args.no_split_qkv,
         split_gated=not args.no_split_gated,

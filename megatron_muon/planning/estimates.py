@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_muon.matrices import MatrixSpec
-from megatron_muon.plan import OwnershipPlan, PlanOptions, largest_matrix_flops
+from megatron_muon.plan import OwnershipPlan, PlanOptions, fewest_idle, largest_matrix_flops
 from megatron_muon.planning.buffers import Buffer, default_bucket_size
 from megatron_muon.planning.links import Collective, ring
 from megatron_muon.planning.models import Layer, Model
@@ -31,6 +31,8 @@ SCHEMES = (OURS, UPSTREAM, MOONLIGHT)
 Kind = tuple[Sequence[MatrixSpec], Grid]
 """Dense matrices, or the experts' of one expert-parallel rank, as a rank stores them; and the ranks that share them."""
 
+_KindPlans = tuple[Grid, tuple[OwnershipPlan, ...], Buffer]
+
 
 @dataclass(frozen=True)
 class SchemeEstimate:
@@ -38,6 +40,7 @@ class SchemeEstimate:
 
     Attributes:
         flops: Newton-Schulz FLOPs of each rank.
+        busiest: Of the busiest rank, and what it could compute while its teams talk, as the planner reckons.
         sent_bytes: Bytes that each rank sends beyond AdamW's reduce-scatter and all-gather.
         team_bytes: Bytes that each rank sends to those with whom it orthogonalizes a matrix, besides.
         momentum_bytes: Momentum on each rank.
@@ -47,6 +50,7 @@ class SchemeEstimate:
     """
 
     flops: tuple[float, ...]
+    busiest: float
     sent_bytes: tuple[float, ...]
     team_bytes: tuple[float, ...]
     momentum_bytes: tuple[int, ...]
@@ -178,7 +182,12 @@ def _estimate_stage(
 
     plans = stage_plans(kinds, settings, bucket_size)
     schemes: dict[str, SchemeEstimate | None] = {
-        OURS: _combine([(g, _loads(buffer, own, g, settings)) for g, buffer, own in plans], settings),
+        OURS: _combine(
+            [(g, _loads(buffer, own, g, settings)) for g, buffer, own in plans],
+            settings,
+            # The plans made last have the others' loads in theirs.
+            busiest=float(max(load for _, _, own in plans for plan in own for load in plan.loads)),
+        ),
         UPSTREAM: None,
         MOONLIGHT: combined(lambda specs, grid: all_gather(specs, grid, settings, bucket_size)),
     }
@@ -219,7 +228,7 @@ def stage_kinds(layers: Sequence[Layer], layout: Layout, settings: Settings) -> 
 def stage_plans(
     kinds: Sequence[Kind], settings: Settings, bucket_size: int | None
 ) -> list[tuple[Grid, Buffer, tuple[OwnershipPlan, ...]]]:
-    """The plugin's ownership plans of a stage: first that of the kind with the larger matrices, see `build_plan`.
+    """The plugin's ownership plans of a stage: first that of the kind with the larger matrices, see `fewest_idle`.
 
     Args:
         kinds: As `stage_kinds` returns them.
@@ -235,28 +244,46 @@ def stage_plans(
     def largest(kind: Kind) -> int:
         return largest_matrix_flops(kind[0], ns_steps=settings.muon.ns_steps, options=options)
 
-    plans: dict[bool, tuple[Grid, Buffer, tuple[OwnershipPlan, ...]]] = {}
-    for specs, grid in sorted(kinds, key=largest, reverse=True):
-        before = [_flops_by_stage_rank(own, of_kind) for own, _, of_kind in plans.values()]
-        # Few loads differ, and where they do not, neither do the plans.
-        made: dict[tuple[Any, ...], tuple[Buffer, OwnershipPlan]] = {}
-        chosen = []
-        for ep_rank in range(grid.ep):
-            at = [grid.stage_rank(rank, ep_rank) for rank in range(grid.size)]
-            initial = [before[0][place] for place in at] if before else None
-            key = (tuple(initial or ()), tuple(place // settings.gpus_per_node for place in at))
-            if key not in made:
-                made[key] = ownership_plan(specs, grid, settings, bucket_size, initial, ep_rank)
-            chosen.append(made[key])
-        plans[grid.expert] = grid, chosen[0][0], tuple(plan for _, plan in chosen)
-    return [plans[grid.expert] for _, grid in kinds]
+    order = sorted(kinds, key=largest, reverse=True)
+    once = sum(grid.ep * matrix_flops(s, settings.muon) for specs, grid in kinds for s in specs)
+    ideal = once / (kinds[0][1].size * kinds[0][1].ep)
+
+    def attempt(max_team_size: int) -> tuple[dict[bool, _KindPlans], float]:
+        plans: dict[bool, _KindPlans] = {}
+        loads = None
+        for kind, limit in zip(order, (max_team_size, settings.muon.max_team_size), strict=False):
+            plans[kind[1].expert] = _kind_plans(kind, settings, bucket_size, loads, limit)
+            loads = _loads_by_stage_rank(*plans[kind[1].expert])
+        return plans, max(loads or [0.0]) / ideal
+
+    most = settings.muon.max_team_size
+    plans = fewest_idle(most, attempt) if len(order) > 1 else attempt(most)[0]
+    return [(plans[grid.expert][0], plans[grid.expert][2], plans[grid.expert][1]) for _, grid in kinds]
 
 
-def _flops_by_stage_rank(grid: Grid, plans: Sequence[OwnershipPlan]) -> list[float]:
+def _kind_plans(
+    kind: Kind, settings: Settings, bucket_size: int | None, before: Sequence[float] | None, max_team_size: int
+) -> _KindPlans:
+    """A kind's grid, a plan for each expert-parallel rank and the buffer. `before`: load of each rank of the stage."""
+    specs, grid = kind
+    # Few loads differ, and where they do not, neither do the plans.
+    made: dict[tuple[Any, ...], tuple[Buffer, OwnershipPlan]] = {}
+    chosen = []
+    for ep_rank in range(grid.ep):
+        at = [grid.stage_rank(rank, ep_rank) for rank in range(grid.size)]
+        initial = [before[place] for place in at] if before else None
+        key = (tuple(initial or ()), tuple(place // settings.gpus_per_node for place in at))
+        if key not in made:
+            made[key] = ownership_plan(specs, grid, settings, bucket_size, initial, ep_rank, max_team_size)
+        chosen.append(made[key])
+    return grid, tuple(plan for _, plan in chosen), chosen[0][0]
+
+
+def _loads_by_stage_rank(grid: Grid, plans: Sequence[OwnershipPlan], _: Buffer) -> list[float]:
     out = [0.0] * (grid.size * grid.ep)
     for ep_rank, plan in enumerate(plans):
-        for rank, flops in enumerate(plan.rank_flops):
-            out[grid.stage_rank(rank, ep_rank)] = float(flops)
+        for rank, load in enumerate(plan.loads):
+            out[grid.stage_rank(rank, ep_rank)] = float(load)
     return out
 
 
@@ -272,7 +299,9 @@ def _loads(buffer: Buffer, plans: Sequence[OwnershipPlan], grid: Grid, settings:
     return out
 
 
-def _combine(loads: Sequence[tuple[Grid, Sequence[Load]]], settings: Settings) -> SchemeEstimate:
+def _combine(
+    loads: Sequence[tuple[Grid, Sequence[Load]]], settings: Settings, busiest: float | None = None
+) -> SchemeEstimate:
     """Adds dense and expert loads up, by rank of the stage. A grid has a load for each expert-parallel rank."""
 
     def total(values: Callable[[Load], Sequence[Any]]) -> tuple[Any, ...]:
@@ -287,8 +316,10 @@ def _combine(loads: Sequence[tuple[Grid, Sequence[Load]]], settings: Settings) -
     for grid, of_grid in loads:
         buffer = of_grid[0].buffer
         padding[grid.expert] = buffer.padding_numel / (buffer.numel - buffer.padding_numel)
+    flops = total(lambda load: load.flops)
     return SchemeEstimate(
-        flops=total(lambda load: load.flops),
+        flops=flops,
+        busiest=max(flops) if busiest is None else busiest,
         sent_bytes=total(lambda load: load.sent_bytes),
         team_bytes=total(lambda load: load.team_bytes),
         momentum_bytes=total(lambda load: load.momentum_bytes),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from megatron_muon.config import TORCH_DTYPES, MuonConfig
 from megatron_muon.matrices import MatrixSpec
@@ -102,8 +102,9 @@ def ownership_plan(
     grid: Grid,
     settings: Settings,
     bucket_size: int | None,
-    initial_flops: Sequence[float] | None = None,
+    initial_loads: Sequence[float] | None = None,
     ep_rank: int = 0,
+    max_team_size: int | None = None,
 ) -> tuple[Buffer, OwnershipPlan]:
     """The buffer of a grid's matrices, and the plan that the plugin makes for them.
 
@@ -112,18 +113,18 @@ def ownership_plan(
         grid: The ranks that share them.
         settings: The settings.
         bucket_size: As for `distributed_buffer`.
-        initial_flops: Newton-Schulz FLOPs that each rank has already.
+        initial_loads: What each rank has to do already, as `OwnershipPlan.loads`.
         ep_rank: Which of the grids that are alike.
+        max_team_size: Instead of the settings'.
     """
     buffer = distributed_buffer([s.local_numel for s in specs], grid.dp, bucket_size)
     matrices = sharded_matrices(specs, buffer, grid)
     nodes = [grid.stage_rank(rank, ep_rank) // settings.gpus_per_node for rank in range(grid.size)]
+    options = PlanOptions.from_config(settings.muon, settings.cost, nodes)
+    if max_team_size is not None:
+        options = replace(options, max_team_size=max_team_size)
     plan = build_plan(
-        matrices,
-        grid.tp_ranks,
-        ns_steps=settings.muon.ns_steps,
-        initial_flops=initial_flops,
-        options=PlanOptions.from_config(settings.muon, settings.cost, nodes),
+        matrices, grid.tp_ranks, ns_steps=settings.muon.ns_steps, initial_loads=initial_loads, options=options
     )
     return buffer, plan
 

@@ -61,8 +61,8 @@ def plan_table(
     Returns:
         One row per model and size: `model`, `ranks`, the layout's sizes, `stage_ranks`, the least
         `logical_matrices_per_rank` of any stage, and for each scheme, over the model's stages, the worst
-        `max_over_ideal`, `padding` (share of the parameters), `sent_over_adamw` (mean and most loaded rank) and
-        `momentum_bytes` of the most loaded rank.
+        `max_over_ideal`, `busiest_over_ideal` (with what teams' talk is worth), `padding` (share of the parameters),
+        `sent_over_adamw` (mean and most loaded rank) and `momentum_bytes` of the most loaded rank.
 
     Raises:
         ValueError: If a model is not built in, or a number of ranks is not positive.
@@ -109,6 +109,7 @@ def _measures(stage: StageEstimate, scheme: str, settings: Settings) -> dict[str
     adamw = stage.adamw_bytes
     return {
         "max_over_ideal": estimate.flops_max / stage.ideal_flops,
+        "busiest_over_ideal": estimate.busiest / stage.ideal_flops,
         "padding": buffer_numel / sum(stage.param_numel) - 1.0,
         "sent_over_adamw_mean": mean(estimate.sent_bytes) / adamw if adamw else None,
         "sent_over_adamw_max": max(estimate.sent_bytes) / adamw if adamw else None,
