@@ -52,6 +52,11 @@ _TITLES: Mapping[str, tuple[str, str]] = {
     ),
 }
 
+_RANKS = (
+    "What the slowest rank spent, and over the mean of all ranks. Of attention logits, the largest of all (dots) and "
+    "of each layer (lines)."
+)
+
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Adds the subcommand `report`."""
@@ -135,7 +140,7 @@ def write(records: Sequence[Mapping[str, Any]], out: Path, *, title: str) -> Pat
     picture = _draw_ranks(records)
     if picture is not None:
         (out / "ranks.png").write_bytes(picture)
-        sections.append(_section("Ranks", "What the slowest rank spent, and over the mean of all ranks.", picture))
+        sections.append(_section("Ranks", _RANKS, picture))
     steps = f"steps {records[0]['step']} to {records[-1]['step']}, {len(records)} logged"
     page = out / "index.html"
     page.write_text(_PAGE.format(title=html.escape(title), steps=steps, body="".join(sections)), encoding="utf-8")
@@ -181,13 +186,17 @@ def _draw_ranks(records: Sequence[Mapping[str, Any]]) -> bytes | None:
     names = sorted({name for record in records for name in record["run"]})
     if not names:
         return None
+    # `what/where` is drawn with `what`.
+    panels = sorted({name.partition("/")[0] for name in names})
     columns = 3
-    rows = math.ceil(len(names) / columns)
+    rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
-    for axes, name in zip(figure.subplots(rows, columns, squeeze=False).flat, names, strict=False):
-        steps = [record["step"] for record in records if name in record["run"]]
-        axes.plot(steps, [record["run"][name] for record in records if name in record["run"]], "o-", markersize=2.5)
-        axes.set_title(_plain(name.replace("_", " ")), fontsize="small")
+    for axes, panel in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=False):
+        for name in (name for name in names if name.partition("/")[0] == panel):
+            points = [(record["step"], record["run"][name]) for record in records if name in record["run"]]
+            style: dict[str, Any] = {"linewidth": 0.5} if "/" in name else {"marker": "o", "markersize": 2.5}
+            axes.plot(*zip(*points, strict=True), **style)
+        axes.set_title(_plain(panel.replace("_", " ")), fontsize="small")
         axes.set_ylim(bottom=0)
     return _png(figure)
 

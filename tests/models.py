@@ -134,7 +134,7 @@ def make_chunks(model: str, layout: Layout, dtype: torch.dtype) -> list[nn.Modul
     """This rank's model chunks, with layout-independent weights, not wrapped."""
     from megatron.core import parallel_state as ps
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
 
     config = make_config(model, layout, dtype)
     chunks: list[nn.Module] = []
@@ -143,9 +143,13 @@ def make_chunks(model: str, layout: Layout, dtype: torch.dtype) -> list[nn.Modul
         spec = get_gpt_decoder_block_spec(
             config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
         )
+        mtp = None
+        if config.mtp_num_layers:
+            mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False, vp_stage=vp_stage)
         chunk = GPTModel(
             config,
             spec,
+            mtp_block_spec=mtp,
             vocab_size=VOCABULARY,
             max_sequence_length=SEQUENCE,
             pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -187,7 +191,7 @@ def places(chunk: nn.Module, layout: Layout) -> list[Place]:
         parts = list(local_parts)
         for at in range(1, len(parts)):
             module = chunk.get_submodule(".".join(local_parts[:at]))
-            if isinstance(module, TransformerLayer):
+            if isinstance(module, TransformerLayer) and parts[at - 1].isdigit():
                 parts[at - 1] = str(module.layer_number - 1)
             if isinstance(module, SequentialMLP):
                 first = ps.get_expert_model_parallel_rank() * len(module.local_experts)

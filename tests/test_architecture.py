@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 # From the bottom up. A unit is a module or a subpackage of the package; it may import units of lower layers only.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("newton_schulz",),
-    ("config", "matrices", "lockstep", "rounds", "kinds", "checkpoints"),
+    ("config", "matrices", "lockstep", "rounds", "kinds", "checkpoints", "qk_clip"),
     ("shares", "team", "elements", "rounding"),
     ("muon", "reference", "cost_model", "second_moment"),
     ("reference_variants",),

@@ -229,7 +229,9 @@ def record(step: int) -> str:
         name: {"update_rms": 0.2 + step / 100, "stable_rank": 3.0} for name in (HOSTILE, "decoder.layers.1.mlp.weight")
     }
     matrices[HOSTILE]["momentum_norm"] = math.nan
-    return json.dumps({"step": step, "run": {"ns_ms_max": 4.0, "<b>": 1.0}, "matrices": matrices})
+    return json.dumps(
+        {"step": step, "run": {"ns_ms_max": 4.0, "<b>": 1.0, "logit": 2.0, "logit/<b>": 2.0}, "matrices": matrices}
+    )
 
 
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,6 +99,14 @@ def _preload_tensors(original: Callable[..., list[Any]]) -> Callable[..., list[A
     return preload_tensors
 
 
+def _is_te_min_version(original: Callable[..., bool]) -> Callable[..., bool]:
+    def is_te_min_version(version: str, check_equality: bool = True) -> bool:
+        """Also true of the version that --qk-clip and --log-max-attention-logit ask for."""
+        return version == "2.9.0" or original(version, check_equality)
+
+    return is_te_min_version
+
+
 def redirects() -> list[Redirect]:
     """The table of Megatron's functions. megatron.training's are left out where only megatron-core is installed."""
     rng = "megatron.core.tensor_parallel.random"
@@ -143,6 +151,12 @@ def redirects() -> list[Redirect]:
                 _warmup_jit_function,
                 "draws from the generator of the initial weights, by an amount that depends on the layout",
                 ("tp_size",),
+            ),
+            Redirect(
+                "megatron.training.arguments:is_te_min_version",
+                _is_te_min_version,
+                "asserts a Transformer Engine that records attention logits, which this backend's attention does",
+                ("version", "check_equality"),
             ),
             *(
                 Redirect(

@@ -29,6 +29,7 @@ from megatron_muon.megatron.distributed import (
     plan_options,
 )
 from megatron_muon.megatron.identity import whole_model_names
+from megatron_muon.megatron.qk_clip import make_qk_clip
 from megatron_muon.megatron.routing import TAG, NamedParameter, matrix_spec, named_parameters, uses_muon
 from megatron_muon.optimizer import ShardedMuon
 from megatron_muon.plan import OwnershipPlan, fewest_idle, largest_matrix_flops
@@ -87,7 +88,8 @@ def get_megatron_optimizer(
         param_groups=_get_param_groups(chunks, config, config_overrides),
         grad_scaler=_grad_scaler(config),
     )
-    return MuonChainedOptimizer(builder.build())
+    qk_clip = make_qk_clip(chunks, builder.names, groups["dp_cp_group"], parallel)
+    return MuonChainedOptimizer(builder.build(), qk_clip)
 
 
 class _Builder:

@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from megatron_muon.qk_clip import ClipRule
+
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig
@@ -78,7 +80,6 @@ _ARGUMENTS = (
         flag="--no-use-layer-wise-param-layout",
         error=ValueError,
     ),
-    _Refusal("qk_clip", "Megatron's implementation reads whole main parameters, of which a rank has only a slice"),
     _Refusal("dump_param_to_param_group_map", "the file has no place for the two optimizers", expected=None),
     _Refusal("freeze_all_layers", "it leaves nothing to train and switches DistributedOptimizer off", error=ValueError),
 )
@@ -102,6 +103,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "weight_decay"):
         _check_not_negative(f"--{name.replace('_', '-')}", getattr(args, name, None))
     _check_loss_scale("--loss-scale", args.fp16, args.loss_scale)
+    if getattr(args, "qk_clip", False):
+        ClipRule(args.qk_clip_threshold, args.qk_clip_alpha)  # raises
     tensor_parallel = args.tensor_model_parallel_size
     _check_weight_shards("--tensor-parallel-num-weight-shards", args.tensor_parallel_num_weight_shards, tensor_parallel)
     _check_weight_shards(

@@ -11,6 +11,7 @@ that no longer fits must not fall back to training without Muon.
 | `wrap_model_chunks_with_ddp`, `_ddp_wrap` | megatron.training computes DDP's layouts before it, and needs the tags |
 | `get_megatron_optimizer` | every loop builds its optimizer with it |
 | `get_mup_config_overrides` | muP's multipliers for AdamW's matrices must not reach Muon's |
+| `clip_qk` | megatron.training clips with it once the optimizer has stepped; the optimizer has clipped already |
 | `_load_global_dist_base_checkpoint` | knows the checkpoint's directory and what is asked of it, before it is read |
 """
 
@@ -79,6 +80,13 @@ def install_core_seams() -> None:
         "get_mup_config_overrides",
         _mup_seam,
         ("config", "mup_width_mult", "optimizer_type"),
+        version,
+    )
+    _wrap(
+        importlib.import_module("megatron.core.optimizer.qk_clip"),
+        "clip_qk",
+        _clip_seam,
+        ("model", "log_max_only"),
         version,
     )
     _wrap(
@@ -194,6 +202,17 @@ def _mup_seam(original: Callable[..., Any]) -> Callable[..., Any]:
         return {_without_muons(key): override for key, override in overrides.items()}
 
     return get_mup_config_overrides
+
+
+def _clip_seam(original: Callable[..., float]) -> Callable[..., float]:
+    def clip_qk(model: list[Any], log_max_only: bool = False) -> float:
+        """Returns the largest attention logit of this rank's part of the model."""
+        from megatron_muon.megatron.qk_clip import clip_of
+
+        clip = None if _active is None else clip_of(model)
+        return original(model, log_max_only) if clip is None else clip.largest
+
+    return clip_qk
 
 
 def _without_muons(key: Any) -> Any:

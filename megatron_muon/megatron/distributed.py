@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ from megatron_muon.config import MuonConfig
 from megatron_muon.matrices import MatrixSpec
 from megatron_muon.megatron.checkpoint import CheckpointedChain, CheckpointedOptimizer, report_changes
 from megatron_muon.megatron.metrics import MetricsLog
+from megatron_muon.megatron.qk_clip import QKClip
 from megatron_muon.optimizer import ShardedMuon
 from megatron_muon.plan import CostModel, OwnershipPlan, PlanOptions, ShardedMatrix, Slice, build_plan
 
@@ -207,14 +209,44 @@ class MuonChainedOptimizer(CheckpointedChain):
 
     A bucket group can hold buckets of both kinds (it does in virtual pipelines), so a gather that ran as soon as one
     optimizer has stepped would distribute parameters that the other one has not updated yet.
+
+    Args:
+        chained_optimizers: Muon's and AdamW's.
+        qk_clip: Clips query and key weights after each optimizer's update; None does not.
     """
 
-    def __init__(self, chained_optimizers: list[CheckpointedOptimizer]) -> None:
+    def __init__(self, chained_optimizers: list[CheckpointedOptimizer], qk_clip: QKClip | None = None) -> None:
         super().__init__(chained_optimizers)
         for optimizer in chained_optimizers:
             optimizer._defer_param_sync = True
         muon = [optimizer for optimizer in chained_optimizers if isinstance(optimizer, MuonDistributedOptimizer)]
         self.metrics = MetricsLog(muon[0].optimizer.muon, muon) if muon else None
+        self.qk_clip = qk_clip
+        if qk_clip is not None:
+            # After the update of main parameters, before any of Megatron's ways to cast them to model parameters.
+            for optimizer in chained_optimizers:
+                if not optimizer.is_stub_optimizer:
+                    optimizer.optimizer.register_step_post_hook(functools.partial(_clip, qk_clip, optimizer))
+            if self.metrics is not None:
+                self.metrics.sources.append(qk_clip.maxima)
+                self.metrics.counters.append(qk_clip.counts)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As for ChainedOptimizer; what evaluations recorded is no part of the step that begins."""
+        if self.qk_clip is not None:
+            self.qk_clip.reset()
+        super().zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def step(self) -> Any:
+        """As for ChainedOptimizer; attention logits are forgotten, also if the step is skipped."""
+        if self.qk_clip is None:
+            return super().step()
+        self.qk_clip.largest = 0.0
+        try:
+            return super().step()
+        finally:
+            self.qk_clip.reset()
 
     @torch.no_grad()
     def prepare_grads(self) -> bool:
@@ -239,6 +271,8 @@ class MuonChainedOptimizer(CheckpointedChain):
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
         """Steps all optimizers, then starts the parameter gather unless it overlaps with the next forward pass."""
+        if self.qk_clip is not None:
+            self.qk_clip.collect()
         logged = self.metrics if self.metrics is not None and self.metrics.due else None
         if logged is not None:
             logged.begin()
@@ -249,3 +283,7 @@ class MuonChainedOptimizer(CheckpointedChain):
             if not model_chunk.ddp_config.overlap_param_gather:
                 model_chunk.start_param_sync()
         return success
+
+
+def _clip(qk_clip: QKClip, optimizer: CheckpointedOptimizer, *_: Any) -> None:
+    qk_clip.apply(optimizer)

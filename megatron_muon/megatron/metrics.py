@@ -28,13 +28,16 @@ class MetricsLog:
 
     Attributes:
         sources: Called on every rank after a step that is logged; what they return (name -> number) is logged with the
-            largest value of all ranks. The hook for what other parts measure, such as attention logits.
+            largest value of all ranks. The hook for what other parts measure, such as attention logits. A name with a
+            slash (`what/where`) is left out of the line of text.
+        counters: As `sources`, of which the sum over all ranks is logged.
     """
 
     def __init__(self, muon: MuonConfig, optimizers: Sequence[MuonDistributedOptimizer]) -> None:
         self.muon = muon
         self.optimizers = list(optimizers)
         self.sources: list[Callable[[], Mapping[str, float]]] = []
+        self.counters: list[Callable[[], Mapping[str, float]]] = []
 
     @property
     def due(self) -> bool:
@@ -64,10 +67,13 @@ class MetricsLog:
             if optimizer.distributed_optimizer_instance_id == 0:
                 sums.append(own_sums)
             spent = {key: spent.get(key, 0) + value for key, value in own_spent.items()}
-        extra = {name: value for source in self.sources for name, value in source().items()}
+        extra, counts = (
+            {name: value for source in sources for name, value in source().items()}
+            for sources in (self.sources, self.counters)
+        )
         writer = dist.get_world_size() - 1
         gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == writer else None
-        dist.gather_object((sums, spent, extra), gathered, dst=writer)
+        dist.gather_object((sums, spent, extra, counts), gathered, dst=writer)
         if gathered is not None:
             self._write(step, gathered)
 
@@ -76,6 +82,8 @@ class MetricsLog:
         run = summarize_ranks([rank[1] for rank in gathered])
         for name in sorted({name for rank in gathered for name in rank[2]}):
             run[name] = max(rank[2][name] for rank in gathered if name in rank[2])
+        for name in sorted({name for rank in gathered for name in rank[3]}):
+            run[name] = sum(rank[3].get(name, 0) for rank in gathered)
         tensorboard, wandb, directory = _writers()
         if tensorboard is not None:
             _to_tensorboard(tensorboard, step, matrices, run)
@@ -125,5 +133,5 @@ def _line(step: int, matrices: Mapping[str, Mapping[str, float]], run: Mapping[s
         values = [value for of_kind in by_kind(matrices, metric).values() for value in of_kind]
         if values:
             parts.append(f"{metric.replace('_', ' ')} {min(values):.3g} to {max(values):.3g}")
-    parts += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in run.items()]
+    parts += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in run.items() if "/" not in name]
     return f"megatron_muon: step {step}: " + ", ".join(parts)
