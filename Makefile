@@ -5,7 +5,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: venv demo ablations test test-all lint bench clean
+# A second environment: Megatron takes Transformer Engine's kernels wherever it finds the package, and they need CUDA.
+TE_VENV := .venv-te
+TE_STAMP := $(TE_VENV)/.installed
+TE_VERSION := 2.20.2
+# TE's torch extension, built for this Python and torch. PyPI has its source only, which takes a quarter of an hour.
+TE_WHEEL ?= $(firstword $(wildcard ../shared/wheels/transformer_engine_torch-$(TE_VERSION)-*.whl))
+
+.PHONY: venv demo ablations test test-all test-te lint bench clean
 venv: $(STAMP)
 
 $(STAMP): setup.py
@@ -27,6 +34,24 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python -m pytest
 
+# transformer-engine is a metapackage, without which TE refuses to be imported.
+$(TE_STAMP): setup.py $(TE_WHEEL)
+	$(PYTHON) -m venv $(TE_VENV)
+	$(TE_VENV)/bin/pip install --quiet --upgrade pip
+	$(TE_VENV)/bin/pip install --quiet "torch==2.14.1" "megatron-core==0.19.2"
+	$(TE_VENV)/bin/pip install --quiet "transformer-engine-cu13==$(TE_VERSION)" "$(TE_WHEEL)"
+	$(TE_VENV)/bin/pip install --quiet --no-deps "transformer-engine==$(TE_VERSION)"
+	$(TE_VENV)/bin/pip install --quiet --editable ".[test]"
+	touch $@
+
+ifeq ($(TE_WHEEL),)
+test-te:
+	@echo "test-te: skipped, for want of transformer_engine_torch-$(TE_VERSION)-*.whl in ../shared/wheels; give TE_WHEEL=PATH"
+else
+test-te: $(TE_STAMP)
+	$(TE_VENV)/bin/python -m pytest -m "not exhaustive" tests/te
+endif
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -41,4 +66,4 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/step.py --growth
 
 clean:
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(TE_VENV) runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: On a bad command line of the launcher's own (2), for `--help` (0), or as the script exits.
         ValueError: If a flag of the script contradicts what the CPU backend needs.
-        RuntimeError: If the device or the Megatron version does not fit.
+        RuntimeError: If the device, the Megatron version or an installed library of kernels does not fit.
     """
     parser = _parser()
     options = parser.parse_args(argv)
@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # tree around the script thus hides an installed megatron-core, so nothing may import megatron before this.
     if not sys.flags.safe_path and sys.path:
         sys.path[0] = os.path.dirname(os.path.abspath(options.script))
+    from megatron_muon.megatron.kernels import check_fused_kernels
+
+    check_fused_kernels(cpu=device == "cpu")
     if device == "cpu":
         _install_cpu_backend()
     from megatron_muon.megatron import compat

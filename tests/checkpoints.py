@@ -50,6 +50,7 @@ class Run:
 
     def sharded_state_dict(self, sharding: str, *, is_loading: bool, efficient: bool = False) -> dict[str, Any]:
         from megatron.core import parallel_state as ps
+        from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 
         metadata = {
             "distrib_optim_sharding_type": sharding,
@@ -62,6 +63,8 @@ class Run:
         names = ["model"] if len(models) == 1 else [f"model{i}" for i in range(len(models))]
         out: dict[str, Any] = {n: m.sharded_state_dict(metadata=metadata) for n, m in zip(names, models, strict=True)}
         out["optimizer"] = self.optimizer.sharded_state_dict(out, is_loading=is_loading, metadata=metadata)
+        # Megatron's writer and reader do so themselves, but only on CUDA devices.
+        force_all_tensors_to_non_fp8(out)
         return out
 
     def save(self, directory: Path, sharding: str = "fully_reshardable", *, efficient: bool = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -67,7 +68,16 @@ MLA: dict[str, Any] = dict(
     qk_layernorm=False,
     position="none",
 )
-MODELS = {"dense": DENSE, "odd": ODD, "learned": LEARNED, "moe": MOE, "mla": MLA}
+# Of Transformer Engine's modules, with grouped experts; sizes that FP8 takes, and that 128 x 128 blocks do not divide.
+TE_MOE: dict[str, Any] = dict(
+    MOE,
+    hidden_size=192,
+    ffn_hidden_size=192,
+    moe_ffn_hidden_size=96,
+    moe_shared_expert_intermediate_size=128,
+    moe_grouped_gemm=True,
+)
+MODELS = {"dense": DENSE, "odd": ODD, "learned": LEARNED, "moe": MOE, "mla": MLA, "te-moe": TE_MOE}
 
 
 def make_config(model: str, layout: Layout, dtype: torch.dtype) -> Any:
@@ -141,29 +151,47 @@ def make_chunks(model: str, layout: Layout, dtype: torch.dtype) -> list[nn.Modul
     for stage in range(layout.vpp or 1):
         vp_stage = stage if layout.vpp else None
         spec = get_gpt_decoder_block_spec(
-            config, use_transformer_engine=False, normalization=config.normalization, vp_stage=vp_stage
+            config,
+            use_transformer_engine=model.startswith("te"),
+            normalization=config.normalization,
+            vp_stage=vp_stage,
         )
         mtp = None
         if config.mtp_num_layers:
-            mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=False, vp_stage=vp_stage)
-        chunk = GPTModel(
-            config,
-            spec,
-            mtp_block_spec=mtp,
-            vocab_size=VOCABULARY,
-            max_sequence_length=SEQUENCE,
-            pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-            post_process=ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-            position_embedding_type=MODELS[model].get("position", "rope"),
-            share_embeddings_and_output_weights=False,
-            vp_stage=vp_stage,
-        )
+            mtp = get_gpt_mtp_block_spec(
+                config, spec, use_transformer_engine=model.startswith("te"), vp_stage=vp_stage
+            )
+        with _modules_may_be_built(model):
+            chunk = GPTModel(
+                config,
+                spec,
+                mtp_block_spec=mtp,
+                vocab_size=VOCABULARY,
+                max_sequence_length=SEQUENCE,
+                pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+                post_process=ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+                position_embedding_type=MODELS[model].get("position", "rope"),
+                share_embeddings_and_output_weights=False,
+                vp_stage=vp_stage,
+            )
         chunk.model_type = None
         with torch.no_grad():
             for place in places(chunk, layout):
-                place.parameter.copy_(place.shard(initial_value(place.name, place.shape)))
+                value = place.shard(initial_value(place.name, place.shape, rows_differ=model.startswith("te")))
+                place.parameter.copy_(value)
+                if hasattr(place.parameter, "_high_precision_init_val"):
+                    # TE keeps what an FP8 parameter was made from, for the optimizer's main parameter.
+                    place.parameter._high_precision_init_val = value.to(dtype)
         chunks.append(chunk.to(dtype))
     return chunks
+
+
+def _modules_may_be_built(model: str) -> AbstractContextManager[None]:
+    if not model.startswith("te"):
+        return nullcontext()
+    from tests.te.cuda_stand_ins import modules_may_be_built
+
+    return modules_may_be_built()
 
 
 @dataclass(frozen=True)
@@ -179,7 +207,7 @@ class Place:
 def places(chunk: nn.Module, layout: Layout) -> list[Place]:
     """The places of a chunk's parameters. `chunk` may be wrapped."""
     from megatron.core import parallel_state as ps
-    from megatron.core.transformer.moe.experts import SequentialMLP
+    from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
     while isinstance(getattr(chunk, "module", None), nn.Module):
@@ -196,6 +224,9 @@ def places(chunk: nn.Module, layout: Layout) -> list[Place]:
             if isinstance(module, SequentialMLP):
                 first = ps.get_expert_model_parallel_rank() * len(module.local_experts)
                 parts[at + 1] = str(first + int(parts[at + 1]))
+            if isinstance(module, TEGroupedMLP) and at == len(parts) - 2:
+                first = ps.get_expert_model_parallel_rank() * module.num_local_experts
+                parts[-1] = f"weight{first + int(parts[-1].removeprefix('weight'))}"
         name = ".".join(parts)
         expert = not getattr(parameter, "allreduce", True)
         size = layout.expert_tp if expert else layout.tp
@@ -225,8 +256,10 @@ def normal(key: str, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(key.encode())))
 
 
-def initial_value(name: str, shape: tuple[int, ...]) -> Tensor:
-    """The whole initial parameter called `name`."""
+def initial_value(name: str, shape: tuple[int, ...], *, rows_differ: bool = False) -> Tensor:
+    """The whole initial parameter called `name`; on request with rows of different size, as FP8's scales want them."""
+    if rows_differ and len(shape) == 2:
+        return initial_value(name, shape) * normal(f"rows {name}", (shape[0], 1)).exp()
     if name.endswith("bias"):
         return 0.05 * normal(name, shape)
     if len(shape) == 1:

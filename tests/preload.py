@@ -4,9 +4,16 @@ import warnings
 
 warnings.simplefilter("ignore")
 
+import importlib.util  # noqa: E402
+
 import torch  # noqa: E402
 
 from megatron_muon import cpu  # noqa: E402
+
+if importlib.util.find_spec("transformer_engine") is not None:
+    from tests.te import cuda_stand_ins
+
+    cuda_stand_ins.install()
 
 torch.set_num_threads(1)
 # Imports megatron.core and megatron.training; ranks start with the backend active.

@@ -45,7 +45,7 @@ def logical_rows(place: Place, config: Any) -> list[list[int]] | None:
                 row += heads * config.kv_channels
         assert row == rows
         return kinds
-    if re.search(r"linear_fc1\.weight$", place.name):
+    if re.search(r"linear_fc1\.weight\d*$", place.name):
         return [list(range(rows // 2)), list(range(rows // 2, rows))]
     return None
 
@@ -64,7 +64,7 @@ def whole_second_moment(oracle: ReferenceVariants, place: Place) -> Tensor:
 
 def gradient(place: Place, step: int) -> Tensor:
     """The whole gradient of a step. Expert 3's is zero at step 1: it saw no token."""
-    if step == 1 and "local_experts.3." in place.name:
+    if step == 1 and re.search(r"local_experts\.3\.|experts.*weight3$", place.name):
         return torch.zeros(place.shape)
     return normal(f"gradient {step} {place.name}", place.shape)
 

@@ -28,6 +28,7 @@ from megatron_muon.megatron.distributed import (
     MuonDistributedOptimizer,
     plan_options,
 )
+from megatron_muon.megatron.fp8 import gather_problem
 from megatron_muon.megatron.identity import whole_model_names
 from megatron_muon.megatron.qk_clip import make_qk_clip
 from megatron_muon.megatron.routing import TAG, NamedParameter, matrix_spec, named_parameters, uses_muon
@@ -74,7 +75,8 @@ def get_megatron_optimizer(
         config_overrides = get_standard_config_overrides(config)
     check_config_overrides_consistency(config, config_overrides)
     entries = list(named_parameters(chunks))
-    _check_tags(entries, muon)
+    problem = gather_problem(((e.name, e.parameter) for e in entries), chunks[0].ddp_config)
+    _check_model(entries, muon, problem)
 
     groups = ProcessGroupCollection.setup_process_groups_for_optimizer(pg_collection, chunks, use_gloo_process_groups)
     parallel = pg_collection if pg_collection is not None else ProcessGroupCollection.use_mpu_process_groups()
@@ -300,12 +302,14 @@ def _grad_scaler(config: OptimizerConfig) -> MegatronGradScaler | None:
     )
 
 
-def _check_tags(entries: list[NamedParameter], muon: MuonConfig) -> None:
-    """Raises on every rank if any rank's parameters were not tagged before DDP made its buffers."""
+def _check_model(entries: list[NamedParameter], muon: MuonConfig, problem: str | None) -> None:
+    """Raises on every rank if any rank has `problem`, or parameters not tagged before DDP made its buffers."""
     wrong = [e.name for e in entries if getattr(e.parameter, TAG, None) != uses_muon(e, muon)]
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, wrong[:3])
-    for rank, names in enumerate(gathered):
+    dist.all_gather_object(gathered, (wrong[:3], problem))
+    for rank, (names, found) in enumerate(gathered):
+        if found:
+            raise ValueError(f"on global rank {rank}, {found}")
         if names:
             raise RuntimeError(
                 f"on global rank {rank}, DDP wrapped {', '.join(names)} before Muon's parameters were tagged with "

@@ -67,6 +67,7 @@ _OPTIMIZER = (
     ),
 )
 _DDP = (
+    _Refusal("fp4_param_gather", "only FP8 and bf16 parameters are gathered after Muon's update"),
     _Refusal("use_megatron_fsdp", "momentum is sharded over DistributedOptimizer's buffers, which FSDP has not"),
     _Refusal("use_custom_fsdp", "momentum is sharded over DistributedOptimizer's buffers, which FSDP has not"),
 )
@@ -99,6 +100,15 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(
             "--use-distributed-optimizer: got False, expected True with --distributed-muon, which shards momentum in "
             "Megatron's DistributedOptimizer; add --use-distributed-optimizer"
+        )
+    if (
+        getattr(args, "fp8_param_gather", False)
+        and getattr(args, "fp8_recipe", None) == "mxfp8"
+        and not getattr(args, "reuse_grad_buf_for_mxfp8_param_ag", False)
+    ):
+        raise ValueError(
+            "--reuse-grad-buf-for-mxfp8-param-ag: got False, expected True with --fp8-param-gather and --fp8-recipe "
+            "mxfp8, whose parameters cannot lie in a buffer of DDP; add it"
         )
     for name in ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "weight_decay"):
         _check_not_negative(f"--{name.replace('_', '-')}", getattr(args, name, None))

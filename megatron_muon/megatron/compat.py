@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_muon.config import MuonConfig
 from megatron_muon.megatron import arguments
 from megatron_muon.megatron.checks import check_megatron_version, check_mup
+from megatron_muon.megatron.kernels import check_fused_kernels
 
 if TYPE_CHECKING:
     from torch import nn
@@ -55,8 +56,11 @@ def install_core_seams() -> None:
     """Installs the seams in megatron.core that every training loop passes. A second call does nothing.
 
     Raises:
-        RuntimeError: If the Megatron version is not supported, or a target has changed.
+        RuntimeError: If the Megatron version is not supported, a target has changed, or a library that Megatron would
+            take kernels from does not work.
     """
+    # Before Megatron is imported, which an incomplete library would fail.
+    check_fused_kernels(cpu=cpu_backend_installed())
     version = check_megatron_version()
     from megatron.core import optimizer
     from megatron.core.distributed import DistributedDataParallel

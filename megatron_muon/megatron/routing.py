@@ -14,6 +14,7 @@ from torch import nn
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.matrices import MatrixSpec, Part, gated, interleaved, whole
+from megatron_muon.megatron.fp8 import check_kinds
 
 # Read by Megatron's DDP: parameters with this tag get buffers of their own.
 TAG = "is_managed_by_layer_wise_optimizer"
@@ -95,9 +96,14 @@ def tag_parameters(model_chunks: Sequence[nn.Module], config: MuonConfig) -> Non
     Args:
         model_chunks: Mutated: every trainable parameter gets the attribute that Megatron's DDP reads.
         config: Decides on routers.
+
+    Raises:
+        NotImplementedError: If parameters are quantized in a way that Muon's buffers cannot hold.
     """
-    for entry in named_parameters(model_chunks):
-        setattr(entry.parameter, TAG, uses_muon(entry, config))
+    tagged = [(entry, uses_muon(entry, config)) for entry in named_parameters(model_chunks)]
+    check_kinds((entry.name, entry.parameter, is_muon) for entry, is_muon in tagged)
+    for entry, is_muon in tagged:
+        setattr(entry.parameter, TAG, is_muon)
 
 
 def matrix_spec(entry: NamedParameter, config: MuonConfig, tp_size: int) -> MatrixSpec:

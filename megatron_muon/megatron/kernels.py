@@ -1,0 +1,97 @@
+"""Which library's fused kernels Megatron will take, and whether they work: asked before anything imports Megatron.
+
+Megatron takes FusedAdam (here: of the parameters that are not Muon's), gradient norms and scaling from Transformer
+Engine where it finds the package, else from apex, else from torch. A package that is there but incomplete is found all
+the same, and fails far from its cause: while Megatron is imported, or when the optimizer is made.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+Source = Literal["transformer_engine", "apex", "torch"]
+
+_TE_DISTRIBUTIONS = ("transformer-engine", "transformer-engine-cu12", "transformer-engine-cu13")
+_TE_TORCH = "transformer-engine-torch"
+
+
+def check_fused_kernels(*, cpu: bool = False) -> Source:
+    """Finds the library that Megatron will take fused kernels from. Imports it, but not Megatron.
+
+    Args:
+        cpu: Whether this process trains on the CPU backend.
+
+    Returns:
+        The library.
+
+    Raises:
+        RuntimeError: If the library is there but cannot be used.
+    """
+    if importlib.util.find_spec("transformer_engine") is not None:
+        _check_device("Transformer Engine", "transformer_engine", cpu)
+        _check_transformer_engine()
+        return "transformer_engine"
+    found = importlib.util.find_spec("apex")
+    if found is not None:
+        _check_apex([Path(place) for place in found.submodule_search_locations or ()])
+        _check_device("apex", "apex", cpu)
+        return "apex"
+    return "torch"
+
+
+def _check_device(name: str, package: str, cpu: bool) -> None:
+    if cpu:
+        raise RuntimeError(
+            f"{name}: got the package {package} in this environment, expected none with the CPU backend, since "
+            "Megatron takes its kernels wherever it finds it and they need CUDA; use an environment without it"
+        )
+
+
+def _check_transformer_engine() -> None:
+    try:
+        # First: TE's libraries are linked against torch's.
+        importlib.import_module("torch")
+        importlib.import_module("transformer_engine.pytorch.optimizers")
+    except Exception as error:  # what a partial installation raises depends on the part
+        versions = {name: _version(name) for name in (*_TE_DISTRIBUTIONS, _TE_TORCH)}
+        there = [f"{name} {found}" for name, found in versions.items() if found is not None]
+        missing = [name for name in ("transformer-engine", _TE_TORCH) if versions[name] is None]
+        raise RuntimeError(
+            f"Transformer Engine: got an installation that does not import ({type(error).__name__}: {error}) with "
+            f"{', '.join(there) or 'no distribution'}{''.join(f', without {name}' for name in missing)}, expected "
+            "transformer-engine, its core (transformer-engine-cu12 or -cu13) and transformer-engine-torch in one "
+            "version, or none of them; pip install --no-build-isolation 'transformer-engine[core_cu13,pytorch]', or "
+            f"pip uninstall {' '.join(name for name, found in versions.items() if found) or 'transformer-engine'}"
+        ) from error
+
+
+def _check_apex(places: list[Path]) -> None:
+    if not any((place / "optimizers").is_dir() for place in places):
+        raise RuntimeError(
+            f"apex: got another project of that name ({_version('apex') or 'no distribution'}, in "
+            f"{', '.join(map(str, places)) or 'a single file'}), expected NVIDIA's or none; pip uninstall apex, and "
+            "build NVIDIA's from its source tree if its kernels are wanted: PyPI's apex is not it"
+        )
+    try:
+        importlib.import_module("torch")
+        # The compiled part: without it apex imports, and its FusedAdam raises once it is made.
+        importlib.import_module("amp_C")
+        optimizers = importlib.import_module("apex.optimizers")
+        optimizers.FusedAdam  # noqa: B018
+    except Exception as error:
+        raise RuntimeError(
+            f"apex: got an installation whose CUDA extensions do not import ({type(error).__name__}: {error}), "
+            "expected them or no apex; build it again with APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install "
+            "--no-build-isolation ., or pip uninstall apex: torch's AdamW then takes its place"
+        ) from error
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
