@@ -19,8 +19,13 @@ setup(
     extras_require={
         # What `make demo` needs beyond the plugin: plots and TensorBoard's event files.
         "demo": ["matplotlib>=3.8", "tensorboard>=2.16"],
+        # NVML's counters, clocks and power; everything else of `megatron_muon.profile` works without.
+        "profile": ["matplotlib>=3.8", "nvidia-ml-py>=12.570"],
         "te": ["transformer-engine[core_cu13,pytorch]>=2.20,<3"],
         "kernels": ["emerging-optimizers>=0.3,<0.4"],
-        "test": ["einops>=0.8", "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "ruff>=0.17", "mypy>=1.15"],
+        "test": [
+            *("einops>=0.8", "hypothesis>=6", "mypy>=1.15", "nvidia-ml-py>=12.570"),
+            *("pytest>=8", "pytest-timeout>=2.3", "ruff>=0.17"),
+        ],
     },
 )

@@ -27,7 +27,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pipeline", "metrics", "agreement"),
     ("optimizer",),
     ("megatron", "cpu"),
-    ("planning", "profile", "report", "launch"),
+    ("planning", "report", "launch"),
+    ("profile",),
     ("cli",),
     ("", "__main__"),  # "": the package's own __init__, with the public functions
 )

@@ -46,7 +46,7 @@ class _Parameter:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_imports() -> Iterator[None]:
     """Silences what Megatron and torch say about the lack of CUDA, Transformer Engine, apex and a rank."""
     logger = logging.getLogger("torch.utils.cpp_extension")
     level = logger.level
@@ -66,7 +66,7 @@ def _megatron() -> tuple[Any, Any, Any]:
     Raises:
         RuntimeError: If this Megatron-Core has no layout functions.
     """
-    with _quiet():
+    with quiet_imports():
         import megatron.core
         from megatron.core.distributed import DistributedDataParallelConfig
         from megatron.core.optimizer import distrib_optimizer, layer_wise_optimizer
@@ -118,7 +118,7 @@ def layer_wise_buffer(numels: Sequence[int], dp: int, bucket_size: int | None) -
 
 def _buffer(optimizer: Any, numels: Sequence[int], dp: int, bucket_size: int | None) -> Buffer:
     parameters = [_Parameter(numel) for numel in numels]
-    with _quiet():
+    with quiet_imports():
         layout = optimizer._compute_per_buffer_param_layout(parameters, bucket_size, dp, _megatron()[2])
     shards = []
     for parameter in parameters:

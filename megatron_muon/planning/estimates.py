@@ -134,24 +134,35 @@ def plan_model(model: Model, layout: Layout, settings: Settings | None = None) -
     """
     settings = settings or Settings()
     check_experts(model, layout)
-    counts = split_layers(len(model.layers), layout)
+    stages = tuple(
+        _estimate_stage(layers, tuple(indices), layout, settings, bucket_size)
+        for (layers, bucket_size), indices in distinct_stages(model, layout, settings).items()
+    )
+    return ModelPlan(model, layout, settings, stages, _notes(model, layout))
+
+
+def distinct_stages(
+    model: Model, layout: Layout, settings: Settings
+) -> dict[tuple[tuple[Layer, ...], int | None], list[int]]:
+    """Pipeline stages that are alike, in order: (layers, bucket size in elements or None) -> indices of the stages.
+
+    Raises:
+        ValueError: If the model has no layer for a stage.
+    """
     distinct: dict[tuple[tuple[Layer, ...], int | None], list[int]] = {}
     at = 0
-    for stage, count in enumerate(counts):
+    for stage, count in enumerate(split_layers(len(model.layers), layout)):
         # Megatron buckets only on the first stage: the others' reductions are not on the critical path.
         bucket_size = None
         if stage == 0 and settings.overlap_grad_reduce:
             bucket_size = settings.bucket_size or default_bucket_size(layout.dp)
         distinct.setdefault((model.layers[at : at + count], bucket_size), []).append(stage)
         at += count
-    stages = tuple(
-        _estimate_stage(layers, tuple(indices), layout, settings, bucket_size)
-        for (layers, bucket_size), indices in distinct.items()
-    )
-    return ModelPlan(model, layout, settings, stages, _notes(model, layout, counts))
+    return distinct
 
 
-def _notes(model: Model, layout: Layout, counts: Sequence[int]) -> tuple[str, ...]:
+def _notes(model: Model, layout: Layout) -> tuple[str, ...]:
+    counts = split_layers(len(model.layers), layout)
     notes = []
     if layout.layers_per_stage is None and len(set(counts)) > 1:
         runs = " ".join(f"{counts.count(n)}x{n}" for n in sorted(set(counts), reverse=True))

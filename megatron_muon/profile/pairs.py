@@ -1,0 +1,121 @@
+"""Bandwidth between every two ranks, which shows a slow link or a slow host where collectives only show that one is.
+
+Collectives end for all ranks together, so that their times tell little about who is slow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+import torch.distributed as dist
+
+from megatron_muon.profile.collectives import exchange_with
+from megatron_muon.profile.links import Meter
+
+SUSPICIOUS = 0.7
+"""Share of the median below which a link or a rank is named."""
+
+
+def tournament(world_size: int) -> list[list[tuple[int, int]]]:
+    """Rounds in which every rank meets every other once, each at most one in a round (the circle method).
+
+    Args:
+        world_size: Number of ranks.
+
+    Returns:
+        For each round its pairs (lower, higher); with an odd number of ranks, one has none in each round.
+    """
+    ranks: list[int | None] = list(range(world_size))
+    if world_size % 2:
+        ranks.append(None)
+    half = len(ranks) // 2
+    rounds = []
+    for _ in range(len(ranks) - 1):
+        pairs = zip(ranks[:half], reversed(ranks[half:]))
+        rounds.append(sorted((min(a, b), max(a, b)) for a, b in pairs if a is not None and b is not None))
+        ranks = [ranks[0], ranks[-1], *ranks[1:-1]]
+    return rounds
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What ranks reach with each other, both directions at once.
+
+    Attributes:
+        size_bytes: Sent in each direction.
+        gbps: Of rank i with rank j, as i timed it, as [i][j], in GB/s of 1e9 bytes each way; None on the diagonal.
+    """
+
+    size_bytes: int
+    gbps: tuple[tuple[float | None, ...], ...]
+
+    def link(self, a: int, b: int) -> float:
+        """What the slower end of a pair saw."""
+        ends = (self.gbps[a][b], self.gbps[b][a])
+        return min(end for end in ends if end is not None)
+
+    @property
+    def links(self) -> dict[tuple[int, int], float]:
+        """Pair -> GB/s, slowest first."""
+        size = len(self.gbps)
+        pairs = {(a, b): self.link(a, b) for a in range(size) for b in range(a + 1, size)}
+        return dict(sorted(pairs.items(), key=lambda entry: entry[1]))
+
+    @property
+    def median(self) -> float:
+        """Over the pairs."""
+        return median(self.links.values())
+
+    @property
+    def rank_medians(self) -> tuple[float, ...]:
+        """Of each rank's links."""
+        size = len(self.gbps)
+        return tuple(median(self.link(a, b) for b in range(size) if b != a) for a in range(size))
+
+    @property
+    def slow_ranks(self) -> tuple[int, ...]:
+        """Whose links are mostly below `SUSPICIOUS` of the median; with two ranks, none can be told."""
+        if len(self.gbps) < 3:
+            return ()
+        return tuple(rank for rank, value in enumerate(self.rank_medians) if value < SUSPICIOUS * self.median)
+
+    @property
+    def slow_links(self) -> tuple[tuple[int, int], ...]:
+        """Pairs below `SUSPICIOUS` of the median, but for those of slow ranks."""
+        slow = set(self.slow_ranks)
+        return tuple(p for p, value in self.links.items() if value < SUSPICIOUS * self.median and not slow & set(p))
+
+
+def measure_pairs(meter: Meter, size_bytes: int) -> Pairs | None:
+    """Measures every pair; the pairs of a round of `tournament` at the same time. Collective over the world.
+
+    Args:
+        meter: What measures.
+        size_bytes: To send in each direction; at least 1.
+
+    Returns:
+        On every rank the whole; None in a world of one.
+    """
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if world_size == 1:
+        return None
+    send = torch.zeros(size_bytes, dtype=torch.uint8, device=meter.device)
+    receive = torch.empty_like(send)
+    own: list[float | None] = [None] * world_size
+    for pairs in tournament(world_size):
+        peer = next((a + b - rank for a, b in pairs if rank in (a, b)), None)
+
+        def call(peer: int | None = peer) -> None:
+            if peer is not None:
+                exchange_with(None, ((send, peer),), ((receive, peer),))
+
+        for _ in range(meter.sweep.warmup):
+            call()
+        microseconds = meter.time_us(call, None)
+        if peer is not None:
+            own[peer] = size_bytes / microseconds / 1e3
+    gathered: list[list[float | None]] = [[] for _ in range(world_size)]
+    dist.all_gather_object(gathered, own)
+    return Pairs(size_bytes, tuple(map(tuple, gathered)))
