@@ -64,6 +64,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/overlap.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/step.py --growth
+	$(BIN)/python benchmarks/profile_overhead.py
 
 clean:
 	rm -rf $(VENV) $(TE_VENV) runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

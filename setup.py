@@ -24,7 +24,7 @@ setup(
         "te": ["transformer-engine[core_cu13,pytorch]>=2.20,<3"],
         "kernels": ["emerging-optimizers>=0.3,<0.4"],
         "test": [
-            *("einops>=0.8", "hypothesis>=6", "mypy>=1.15", "nvidia-ml-py>=12.570"),
+            *("einops>=0.8", "hypothesis>=6", "jsonschema>=4.18", "mypy>=1.15", "nvidia-ml-py>=12.570"),
             *("pytest>=8", "pytest-timeout>=2.3", "ruff>=0.17"),
         ],
     },

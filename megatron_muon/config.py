@@ -123,6 +123,15 @@ class MuonConfig:
     metrics_dir: str = field(
         default="", metadata={"help": "where muon_metrics.jsonl is written; empty: the TensorBoard directory"}
     )
+    profile: int = field(default=0, metadata={"help": "time the phases of every so many steps; 0: never"})
+    profile_dir: str = field(
+        default="",
+        metadata={"help": "where the ranks' traces are written; empty: muon_profile in the TensorBoard directory"},
+    )
+    profile_links: str = field(
+        default="",
+        metadata={"help": "file of `python -m megatron_muon.profile links`, whose rates profiles are compared with"},
+    )
     init_from_adamw: InitFromAdamW = field(
         default="refuse",
         metadata={
@@ -137,6 +146,7 @@ class MuonConfig:
         self._check(0.0 <= self.beta2 < 1.0, "beta2", "in [0, 1)")
         self._check(self.second_moment_eps > 0, "second_moment_eps", "positive")
         self._check(self.log_interval >= 0, "log_interval", "0 or more")
+        self._check(self.profile >= 0, "profile", "0 or more")
         self._check(self.ns_steps >= 1, "ns_steps", "at least 1")
         self._check(self.max_team_size >= 1, "max_team_size", "at least 1")
         self._check(self.exchange_buffer_mb >= 1, "exchange_buffer_mb", "at least 1")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
 import torch
 
+from megatron_muon.machines import REACHED
 from megatron_muon.newton_schulz import Method, newton_schulz_flops
 from megatron_muon.team import Seat
 
@@ -19,9 +20,7 @@ _NORM_BYTES = 8
 class CostModel:
     """Rates of a cluster, for choices between computing and communicating. Their ratios matter, not their values.
 
-    The defaults describe an H100 node with eight 400 Gb/s network cards: about 40 % of the bf16 peak of 989 TFLOP/s for
-    products of a few thousand rows, 80 % of a card's 50 GB/s, two thirds of NVLink's 450 GB/s, and what a small
-    all-to-all takes.
+    The defaults are what an H100 node reaches, see `machines.REACHED`.
 
     Attributes:
         flops_per_s: Of Newton-Schulz's matrix products on one rank.
@@ -31,10 +30,10 @@ class CostModel:
         device_type: `torch.device.type`; some products cost fewer operations on a CPU.
     """
 
-    flops_per_s: float = 400e12
-    bytes_per_s: float = 40e9
-    node_bytes_per_s: float = 300e9
-    latency_s: float = 20e-6
+    flops_per_s: float = REACHED["cuda"].flops_per_s
+    bytes_per_s: float = REACHED["cuda"].bytes_per_s
+    node_bytes_per_s: float = REACHED["cuda"].node_bytes_per_s
+    latency_s: float = REACHED["cuda"].latency_s
     device_type: str = "cuda"
 
     def __post_init__(self) -> None:
@@ -46,10 +45,8 @@ class CostModel:
 
     @classmethod
     def for_device(cls, device_type: str) -> CostModel:
-        """The defaults for "cuda"; for others what one core and Gloo over a loopback device reach."""
-        if device_type == "cuda":
-            return cls()
-        return cls(flops_per_s=50e9, bytes_per_s=1e9, node_bytes_per_s=1e9, latency_s=300e-6, device_type=device_type)
+        """What a rank of such devices reaches; "cpu" stands for all that are not "cuda"."""
+        return cls(**asdict(REACHED["cuda" if device_type == "cuda" else "cpu"]), device_type=device_type)
 
     def with_free_messages(self) -> CostModel:
         """The same devices, on links that take no time."""

@@ -9,15 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import record_function
 
 from megatron_muon.lockstep import Scratch, Talk, run_lockstep
 from megatron_muon.ownership import Item, OwnershipPlan, Segment
+from megatron_muon.phases import LABELS, Flight, Watch
 from megatron_muon.shares import Strip, collected_strips, stored_strips
 
 
@@ -61,6 +62,7 @@ class ExchangeStats:
 class _Pending:
     """An all-to-all under way."""
 
+    round_index: int
     route: _Route
     received: Tensor
     work: dist.Work | None
@@ -80,6 +82,7 @@ class Exchange:
         dtype: Of the elements on the wire.
         device: Of the buffers.
         stats: Counters of this rank.
+        watch: Sees the phases.
 
     Raises:
         RuntimeError: On construction, if the group's size is not the plan's.
@@ -90,6 +93,7 @@ class Exchange:
     dtype: torch.dtype
     device: torch.device
     stats: ExchangeStats = field(default_factory=ExchangeStats)
+    watch: Watch = LABELS
 
     def __post_init__(self) -> None:
         self.rank = dist.get_rank(self.group) if dist.is_initialized() else 0
@@ -154,7 +158,7 @@ class Exchange:
         route = self._routes[round_index][0]
         stored, owned = self._halves(round_index)
         send, receive = stored[: route.stored_numel], owned[: route.owned_numel]
-        with record_function(f"muon/pack/{round_index}"):
+        with self.watch.phase("pack", round_index):
             wire, local = self._stored_runs(route, send, slices)
             _copy(wire, local)
         return self._start("gather", round_index, route, send, route.stored_splits, receive, route.owned_splits)
@@ -167,7 +171,7 @@ class Exchange:
             They are valid until the next `finish_gather`.
         """
         received = self._wait(pending)
-        with record_function("muon/unpack"):
+        with self.watch.phase("unpack", pending.round_index):
             parts = self._collected(pending.route, dtype)
             wire, collected = self._owned_runs(pending.route, received, parts)
             _copy(collected, wire)
@@ -183,8 +187,10 @@ class Exchange:
         Returns:
             What the talks returned. Collective: every rank of the group must call this, also one that is in no team.
         """
+        if not self._stages[round_index] and not talks:
+            return {}
         items = sorted(talks)
-        with record_function(f"muon/teams/{round_index}"):
+        with self.watch.phase("teams", round_index):
             results = run_lockstep(
                 [talks[item] for item in items],
                 [self.plan.owners[item.matrix][item.part] for item in items],
@@ -208,14 +214,14 @@ class Exchange:
         route = self._routes[round_index][1]
         stored, owned = self._halves(round_index)
         send, receive = owned[: route.owned_numel], stored[: route.stored_numel]
-        with record_function(f"muon/pack/{round_index}"):
+        with self.watch.phase("pack", round_index):
             _copy(*self._owned_runs(route, send, parts))
         return self._start("scatter", round_index, route, send, route.owned_splits, receive, route.stored_splits)
 
     def finish_scatter(self, pending: _Pending, slices: Mapping[int, Tensor]) -> None:
         """Waits for a scatter and writes it into `slices` (parameter index -> flat slice), in their dtype."""
         received = self._wait(pending)
-        with record_function("muon/unpack"):
+        with self.watch.phase("unpack", pending.round_index):
             wire, local = self._stored_runs(pending.route, received, slices)
             _copy(local, wire)
 
@@ -233,7 +239,7 @@ class Exchange:
 
     def _start(
         self,
-        label: str,
+        name: Flight,
         round_index: int,
         route: _Route,
         send: Tensor,
@@ -242,19 +248,18 @@ class Exchange:
         receive_splits: tuple[int, ...],
     ) -> _Pending:
         if self.plan.world_size == 1:
-            return _Pending(route, send, None)
-        with record_function(f"muon/{label}/{round_index}"):
-            work = dist.all_to_all_single(
-                receive, send, list(receive_splits), list(send_splits), group=self.group, async_op=True
-            )
+            return _Pending(round_index, route, send, None)
+        sent_bytes = (sum(send_splits) - send_splits[self.rank]) * self.dtype.itemsize
+        splits = list(receive_splits), list(send_splits)
+        issue = partial(dist.all_to_all_single, receive, send, *splits, group=self.group, async_op=True)
+        work = self.watch.collective(name, round_index, sent_bytes, issue)
         self.stats.collectives += 1
-        self.stats.bytes_sent += (sum(send_splits) - send_splits[self.rank]) * self.dtype.itemsize
-        return _Pending(route, receive, work)
+        self.stats.bytes_sent += sent_bytes
+        return _Pending(round_index, route, receive, work)
 
-    @staticmethod
-    def _wait(pending: _Pending) -> Tensor:
+    def _wait(self, pending: _Pending) -> Tensor:
         if pending.work is not None:
-            with record_function("muon/wait"):
+            with self.watch.phase("wait", pending.round_index):
                 pending.work.wait()
         return pending.received
 

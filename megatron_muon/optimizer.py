@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import record_function
 
 from megatron_muon.agreement import backend_problem, compare_over_ranks, slices_problem
 from megatron_muon.config import TORCH_DTYPES, MuonConfig, gradient_gain
@@ -243,8 +242,7 @@ class _Binding:
     def all_reduce(self, tensor: Tensor) -> None:
         """Sums over the group, in place."""
         if self.exchange.plan.world_size > 1:
-            with record_function("muon/second_moment"):
-                dist.all_reduce(tensor, group=self.exchange.group)
+            dist.all_reduce(tensor, group=self.exchange.group)
 
     @cached_property
     def scratch(self) -> Tensor:
@@ -284,7 +282,7 @@ class _Step:
         muon, state = self.optimizer.muon, self.optimizer.state
         slices = self._in_round(round_index)
         scratch = list(self._scratch(slices).values())
-        with record_function(f"muon/momentum/{round_index}"):
+        with self.bound.exchange.watch.phase("momentum", round_index):
             directions = momentum_update(
                 [state[p][MOMENTUM] for p in slices.values()],
                 [_gradient(p) for p in slices.values()],
@@ -357,7 +355,7 @@ class _Step:
         with recorder.newton_schulz() if recorder is not None else nullcontext():
             # First: the members of a team start together, right after the gather.
             exchange.run_teams(round_index, talks)
-            with record_function(f"muon/newton_schulz/{round_index}"):
+            with exchange.watch.phase("newton_schulz", round_index):
                 orthogonalized_updates([view for group in views.values() for view in group], muon)
         if recorder is not None:
             for item, group in views.items():
@@ -369,14 +367,15 @@ class _Step:
         updates = self._scratch(slices)
         self.bound.exchange.finish_scatter(scattered, updates)
         if self.optimizer.muon.variant != "muon":
-            self._divide(round_index, slices, updates)
+            with self.bound.exchange.watch.phase("second_moment", round_index):
+                self._divide(round_index, slices, updates)
         self._record("update_sq", updates)
         self._record("weight_sq", slices)
         if self.optimizer.recorder is not None:
             for index in slices:
                 parts = len(self.bound.elements[index].spec.parts)
                 self.optimizer.recorder.learning_rate(index, parts, float(self.group_of[index]["lr"]))
-        with record_function(f"muon/apply/{round_index}"):
+        with self.bound.exchange.watch.phase("apply", round_index):
             by_group: dict[int, list[int]] = {}
             for index in slices:
                 by_group.setdefault(id(self.group_of[index]), []).append(index)

@@ -68,7 +68,7 @@ def hidden_share(in_flight: Iterable[Span], waiting: Iterable[Span]) -> float:
     Raises:
         ValueError: If nothing was in flight.
     """
-    flights, waits = _union(in_flight), _union(waiting)
+    flights, waits = union(in_flight), union(waiting)
     total = sum(stop - start for start, stop in flights)
     if total <= 0:
         raise ValueError("hidden_share: got no collective that took time, expected at least one")
@@ -76,7 +76,7 @@ def hidden_share(in_flight: Iterable[Span], waiting: Iterable[Span]) -> float:
     return 1.0 - exposed / total
 
 
-def _union(spans: Iterable[Span]) -> list[Span]:
+def union(spans: Iterable[Span]) -> list[Span]:
     """The same times as spans that do not overlap."""
     out: list[Span] = []
     for start, stop in sorted(spans):

@@ -6,9 +6,6 @@ The page holds its pictures, so that it can be sent around alone.
 from __future__ import annotations
 
 import argparse
-import base64
-import html
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -17,6 +14,7 @@ from typing import Any
 
 from megatron_muon.kinds import FILE_NAME, by_kind
 from megatron_muon.kinds import kind as kind_of
+from megatron_muon.page import page, plain, png, section, table
 
 DIRECTORY = "muon_report"
 
@@ -76,8 +74,8 @@ def _run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"report: {error}")
         return 2
-    page = write(records, args.out or path.parent / DIRECTORY, title=str(path.parent))
-    print(f"{len(records)} logged steps: {page}")
+    written = write(records, args.out or path.parent / DIRECTORY, title=str(path.parent))
+    print(f"{len(records)} logged steps: {written}")
     return 0
 
 
@@ -136,15 +134,15 @@ def write(records: Sequence[Mapping[str, Any]], out: Path, *, title: str) -> Pat
         picture = _draw_metric(records, metric, heading)
         if picture is not None:
             (out / f"{metric}.png").write_bytes(picture)
-            sections.append(_section(heading, text, picture) + _table(records[-1], metric))
+            sections.append(section(heading, text, picture) + _table(records[-1], metric))
     picture = _draw_ranks(records)
     if picture is not None:
         (out / "ranks.png").write_bytes(picture)
-        sections.append(_section("Ranks", _RANKS, picture))
+        sections.append(section("Ranks", _RANKS, picture))
     steps = f"steps {records[0]['step']} to {records[-1]['step']}, {len(records)} logged"
-    page = out / "index.html"
-    page.write_text(_PAGE.format(title=html.escape(title), steps=steps, body="".join(sections)), encoding="utf-8")
-    return page
+    path = out / "index.html"
+    path.write_text(page(title, steps, sections), encoding="utf-8")
+    return path
 
 
 def _draw_metric(records: Sequence[Mapping[str, Any]], metric: str, heading: str) -> bytes | None:
@@ -160,7 +158,7 @@ def _draw_metric(records: Sequence[Mapping[str, Any]], metric: str, heading: str
     for kind in kinds:
         steps = [step for step in by_step if kind in by_step[step]]
         values = [by_step[step][kind] for step in steps]
-        (line,) = curve.plot(steps, [sum(v) / len(v) for v in values], "o-", markersize=2.5, label=_plain(kind))
+        (line,) = curve.plot(steps, [sum(v) / len(v) for v in values], "o-", markersize=2.5, label=plain(kind))
         curve.fill_between(
             steps, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.15, linewidth=0
         )
@@ -171,13 +169,13 @@ def _draw_metric(records: Sequence[Mapping[str, Any]], metric: str, heading: str
     last = by_step[records[-1]["step"]]
     if metric in ("stable_rank", "svd_entropy"):
         last = {kind: [v for values in by_step.values() for v in values.get(kind, [])] for kind in kinds}
-    histogram.hist([last[kind] for kind in last], bins=20, stacked=True, label=[_plain(kind) for kind in last])
+    histogram.hist([last[kind] for kind in last], bins=20, stacked=True, label=[plain(kind) for kind in last])
     curve.set_xlabel("step")
     curve.set_title(heading)
     histogram.set_title("last step" if metric not in ("stable_rank", "svd_entropy") else "all samples")
     histogram.set_ylabel("matrices")
     figure.legend(*curve.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="x-small")
-    return _png(figure)
+    return png(figure)
 
 
 def _draw_ranks(records: Sequence[Mapping[str, Any]]) -> bytes | None:
@@ -196,28 +194,9 @@ def _draw_ranks(records: Sequence[Mapping[str, Any]]) -> bytes | None:
             points = [(record["step"], record["run"][name]) for record in records if name in record["run"]]
             style: dict[str, Any] = {"linewidth": 0.5} if "/" in name else {"marker": "o", "markersize": 2.5}
             axes.plot(*zip(*points, strict=True), **style)
-        axes.set_title(_plain(panel.replace("_", " ")), fontsize="small")
+        axes.set_title(plain(panel.replace("_", " ")), fontsize="small")
         axes.set_ylim(bottom=0)
-    return _png(figure)
-
-
-def _plain(text: str) -> str:
-    """Matplotlib reads dollars as mathematics, and hides labels that begin with an underscore."""
-    return text.replace("$", r"\$").lstrip("_") or "?"
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
-
-
-def _section(heading: str, text: str, picture: bytes) -> str:
-    source = base64.b64encode(picture).decode("ascii")
-    return (
-        f"<h2>{html.escape(heading)}</h2><p>{html.escape(text)}</p>"
-        f'<img alt="{html.escape(heading)}" src="data:image/png;base64,{source}">'
-    )
+    return png(figure)
 
 
 def _table(record: Mapping[str, Any], metric: str) -> str:
@@ -226,12 +205,12 @@ def _table(record: Mapping[str, Any], metric: str) -> str:
     for kind in sorted(groups := _named(record["matrices"], metric)):
         values = sorted(groups[kind])
         mean = sum(value for value, _ in values) / len(values)
-        cells = (kind, str(len(values)), f"{values[0][0]:.4g}", f"{mean:.4g}", f"{values[-1][0]:.4g}", values[-1][1])
-        rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
+        least, most = values[0][0], values[-1][0]
+        rows.append((kind, str(len(values)), f"{least:.4g}", f"{mean:.4g}", f"{most:.4g}", values[-1][1]))
     if not rows:
         return ""
-    head = "".join(f"<th>{cell}</th>" for cell in ("kind", "matrices", "least", "mean", "largest", "which"))
-    return f"<details><summary>step {record['step']}</summary><table><tr>{head}</tr>{''.join(rows)}</table></details>"
+    cells = table(("kind", "matrices", "least", "mean", "largest", "which"), rows)
+    return f"<details><summary>step {record['step']}</summary>{cells}</details>"
 
 
 def _named(matrices: Mapping[str, Mapping[str, float]], metric: str) -> dict[str, list[tuple[float, str]]]:
@@ -240,11 +219,3 @@ def _named(matrices: Mapping[str, Mapping[str, float]], metric: str) -> dict[str
         if metric in values and math.isfinite(values[metric]):
             out.setdefault(kind_of(name), []).append((values[metric], name))
     return out
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Muon: {title}</title><style>
-body {{ font: 15px/1.45 sans-serif; max-width: 76em; margin: 2em auto; padding: 0 1em }}
-img {{ max-width: 100% }} td, th {{ padding: .1em .7em; text-align: left }} table {{ font-size: 85% }}
-</style></head><body><h1>Muon: {title}</h1><p>{steps}</p>{body}</body></html>
-"""

@@ -158,9 +158,7 @@ def make_chunks(model: str, layout: Layout, dtype: torch.dtype) -> list[nn.Modul
         )
         mtp = None
         if config.mtp_num_layers:
-            mtp = get_gpt_mtp_block_spec(
-                config, spec, use_transformer_engine=model.startswith("te"), vp_stage=vp_stage
-            )
+            mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=model.startswith("te"), vp_stage=vp_stage)
         with _modules_may_be_built(model):
             chunk = GPTModel(
                 config,

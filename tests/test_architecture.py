@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 
 # From the bottom up. A unit is a module or a subpackage of the package; it may import units of lower layers only.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("newton_schulz",),
-    ("config", "matrices", "lockstep", "rounds", "kinds", "checkpoints", "qk_clip"),
+    ("newton_schulz", "machines", "phases"),
+    ("config", "matrices", "lockstep", "rounds", "kinds", "page", "checkpoints", "qk_clip"),
     ("shares", "team", "elements", "rounding"),
     ("muon", "reference", "cost_model", "second_moment"),
     ("reference_variants",),
@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("plan",),
     ("exchange",),
     ("pipeline", "metrics", "agreement"),
+    ("timing",),
     ("optimizer",),
     ("megatron", "cpu"),
     ("planning", "report", "launch"),

@@ -60,6 +60,10 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("cautious_weight_decay", 1, "expected bool"),
     ("log_interval", -1, "expected 0 or more"),
     ("metrics_dir", None, "expected str"),
+    ("profile", -1, "expected 0 or more"),
+    ("profile", True, "expected int"),
+    ("profile_dir", None, "expected str"),
+    ("profile_links", 3, "expected str"),
 ]
 
 
@@ -236,6 +240,9 @@ OTHER_VALUES: dict[str, Any] = dict(
     cautious_weight_decay=True,
     log_interval=10,
     metrics_dir="metrics",
+    profile=10,
+    profile_dir="profile",
+    profile_links="links.json",
     init_from_adamw="fresh",
 )
 

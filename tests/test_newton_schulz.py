@@ -20,6 +20,7 @@ from megatron_muon.newton_schulz import (
     check_schedule,
     coefficients,
     evaluate,
+    newton_schulz_bytes,
     normalize,
     orthogonalize,
     restart_segments,
@@ -382,6 +383,31 @@ def test_a_batch_of_large_matrices_needs_the_memory_of_one_on_a_cpu() -> None:
     with _Recorder() as recorder:
         orthogonalize(x, coefficients("keller", 5), method="standard")
     assert recorder.allocated_numel == x.numel() + 2 * 128 * 160 + 2 * 128**2
+
+
+class _Traffic(TorchDispatchMode):
+    """Adds up the bytes of every product: its operands, each once, and its result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if "mm" in func.overloadpacket.__name__:
+            operands = {a.data_ptr(): a.nbytes for a in args if isinstance(a, Tensor)}
+            self.num_bytes += sum(operands.values()) + result.nbytes
+        return result
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 8])
+@pytest.mark.parametrize("shape", [(20, 50), (50, 20), (16, 16)])
+@pytest.mark.parametrize("method", ["standard", "gram"])
+def test_memory_traffic_is_that_of_the_products(shape: tuple[int, int], steps: int, method: Any) -> None:
+    with _Traffic() as traffic:
+        orthogonalize(torch.randn(shape), coefficients("keller", steps), method=method)
+    assert traffic.num_bytes == newton_schulz_bytes(*shape, steps, method)
+    assert 2 * newton_schulz_bytes(*shape, steps, method, dtype=torch.float16) == traffic.num_bytes
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

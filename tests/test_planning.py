@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from megatron_muon.config import MuonConfig
+from megatron_muon.machines import LINK_EFFICIENCY, MACHINES
 from megatron_muon.newton_schulz import newton_schulz_flops
 from megatron_muon.plan import CostModel
 from megatron_muon.planning.buffers import default_bucket_size, layer_wise_buffer
@@ -26,7 +27,7 @@ from megatron_muon.planning.estimates import (
     stage_plans,
 )
 from megatron_muon.planning.huggingface import model_from_config
-from megatron_muon.planning.links import LINK_EFFICIENCY, MACHINES, all_to_all, ring
+from megatron_muon.planning.links import all_to_all, ring
 from megatron_muon.planning.models import BUILT_IN, Model
 from megatron_muon.planning.schemes import Settings, distributed_muon, layer_wise, matrix_flops, ownership_plan
 from megatron_muon.planning.shapes import load_model, model_from_shapes

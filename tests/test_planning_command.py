@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from megatron_muon.cli import main
+from megatron_muon.machines import MACHINES
 from megatron_muon.planning.estimates import SCHEMES, plan_model
-from megatron_muon.planning.links import MACHINES
 from megatron_muon.planning.report import plan_to_json
 from megatron_muon.planning.shapes import load_model
 from megatron_muon.planning.stages import Layout

@@ -51,9 +51,7 @@ def test_rank_behind(tmp_path: Path) -> None:
         (number,) = {str(e["pg_id"]) for e in content["entries"] if e["process_group"][0] == "3"}
         content["pg_status"][number]["last_completed_collective"] = "15"
 
-    assert flight_recorder.findings(changed(tmp_path, change)) == [
-        "group 3: others completed call 18, but rank 1 15"
-    ]
+    assert flight_recorder.findings(changed(tmp_path, change)) == ["group 3: others completed call 18, but rank 1 15"]
 
 
 def test_unfinished_call(tmp_path: Path) -> None:

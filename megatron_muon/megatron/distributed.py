@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,9 +19,15 @@ from megatron_muon.config import MuonConfig
 from megatron_muon.matrices import MatrixSpec
 from megatron_muon.megatron.checkpoint import CheckpointedChain, CheckpointedOptimizer, report_changes
 from megatron_muon.megatron.metrics import MetricsLog
+from megatron_muon.megatron.profiling import Profiler
 from megatron_muon.megatron.qk_clip import QKClip
 from megatron_muon.optimizer import ShardedMuon
 from megatron_muon.plan import CostModel, OwnershipPlan, PlanOptions, ShardedMatrix, Slice, build_plan
+
+# What says how a run began, or what it logs, does not change how it goes on.
+_NOT_IN_CHECKPOINTS = frozenset(
+    {"init_from_adamw", "log_interval", "metrics_dir", "profile", "profile_dir", "profile_links"}
+)
 
 
 @dataclass(frozen=True)
@@ -177,9 +184,8 @@ class MuonDistributedOptimizer(CheckpointedOptimizer):
         main.detach().copy_(tensors["param"])
 
     def _shared_state(self) -> dict[str, Any]:
-        # What says how a run began, or what it logs, does not change how it goes on.
         settings = dataclasses.asdict(self.optimizer.muon)
-        kept = {key: v for key, v in settings.items() if key not in ("init_from_adamw", "log_interval", "metrics_dir")}
+        kept = {key: v for key, v in settings.items() if key not in _NOT_IN_CHECKPOINTS}
         return {**super()._shared_state(), "muon": kept, "updates": self.optimizer.updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -230,6 +236,8 @@ class MuonChainedOptimizer(CheckpointedChain):
             if self.metrics is not None:
                 self.metrics.sources.append(qk_clip.maxima)
                 self.metrics.counters.append(qk_clip.counts)
+        wanted = bool(muon) and muon[0].optimizer.muon.profile > 0
+        self.profiler = Profiler(muon[0].optimizer.muon, muon, self.model_chunks) if wanted else None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As for ChainedOptimizer; what evaluations recorded is no part of the step that begins."""
@@ -274,14 +282,21 @@ class MuonChainedOptimizer(CheckpointedChain):
         if self.qk_clip is not None:
             self.qk_clip.collect()
         logged = self.metrics if self.metrics is not None and self.metrics.due else None
+        profiled = self.profiler if self.profiler is not None and self.profiler.due else None
         if logged is not None:
             logged.begin()
+        if profiled is not None:
+            profiled.begin()
         success = bool(self._step())
+        with profiled.param_gather() if profiled is not None else nullcontext():
+            for model_chunk in self.model_chunks:
+                if not model_chunk.ddp_config.overlap_param_gather:
+                    model_chunk.start_param_sync()
+        # First what times the step, since metrics sample weights through the same exchange.
+        if profiled is not None:
+            profiled.finish()
         if logged is not None:
             logged.finish()
-        for model_chunk in self.model_chunks:
-            if not model_chunk.ddp_config.overlap_param_gather:
-                model_chunk.start_param_sync()
         return success
 
 

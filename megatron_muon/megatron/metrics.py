@@ -84,7 +84,7 @@ class MetricsLog:
             run[name] = max(rank[2][name] for rank in gathered if name in rank[2])
         for name in sorted({name for rank in gathered for name in rank[3]}):
             run[name] = sum(rank[3].get(name, 0) for rank in gathered)
-        tensorboard, wandb, directory = _writers()
+        tensorboard, wandb, directory = writers()
         if tensorboard is not None:
             _to_tensorboard(tensorboard, step, matrices, run)
         if wandb is not None:
@@ -97,13 +97,23 @@ class MetricsLog:
         print(_line(step, matrices, run), flush=True)
 
 
-def _writers() -> tuple[Any, Any, str]:
+def writers() -> tuple[Any, Any, str]:
     """Megatron's TensorBoard and W&B writers of this rank, and the TensorBoard directory; what is missing is empty."""
     state = sys.modules.get("megatron.training.global_vars")
     if state is None:
         return None, None, ""
     directory = getattr(state._GLOBAL_ARGS, "tensorboard_dir", None) or ""
     return state._GLOBAL_TENSORBOARD_WRITER, state._GLOBAL_WANDB_WRITER, directory
+
+
+def write_scalars(prefix: str, step: int, values: Mapping[str, float]) -> None:
+    """Writes numbers as `<prefix>/<name>` to this rank's TensorBoard and W&B writers, if it has any."""
+    tensorboard, wandb, _ = writers()
+    if tensorboard is not None:
+        for name, value in values.items():
+            tensorboard.add_scalar(f"{prefix}/{name}", value, step)
+    if wandb is not None:
+        wandb.log({f"{prefix}/{name}": value for name, value in values.items()}, step)
 
 
 def _to_tensorboard(

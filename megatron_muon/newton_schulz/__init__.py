@@ -30,6 +30,7 @@ from megatron_muon.newton_schulz.coefficients import (
 from megatron_muon.newton_schulz.cost import (
     Method,
     choose_method,
+    newton_schulz_bytes,
     newton_schulz_flops,
     restart_segments,
     symmetric_blocks,
@@ -55,6 +56,7 @@ __all__ = [
     "coefficients",
     "evaluate",
     "load_backend",
+    "newton_schulz_bytes",
     "newton_schulz_flops",
     "normalize",
     "orthogonalize",

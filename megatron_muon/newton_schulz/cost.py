@@ -157,3 +157,43 @@ def newton_schulz_flops(
     if method == "auto":
         method = choose_method(m, n, steps, dtype, device_type)
     return _products(m, n, steps, method, symmetric_blocks(m, device_type))[0]
+
+
+def newton_schulz_bytes(
+    m: int,
+    n: int,
+    steps: int,
+    method: Method = "auto",
+    *,
+    dtype: torch.dtype = torch.float32,
+    device_type: str = "cuda",
+) -> int:
+    """Returns the bytes of memory traffic for one (m, n) matrix if every product reads its operands and writes once.
+
+    `newton_schulz_flops` over this is the arithmetic intensity that a roofline plots. A lower bound for matrices
+    that fit no cache; those that do move less.
+
+    Args:
+        m: Rows.
+        n: Columns; the order of the two does not matter.
+        steps: Number of iterations, at least one.
+        method: The iteration; ``auto`` is the one of `choose_method`.
+        dtype: Data type of the iteration.
+        device_type: ``torch.device.type``; matters for ``auto`` only.
+
+    Raises:
+        ValueError: If a size or ``steps`` is below one, or the method is not known.
+    """
+    m, n = _check(m, n, steps)
+    check_method(method)
+    if method == "auto":
+        method = choose_method(m, n, steps, dtype, device_type)
+    square, matrix = m * m, m * n
+    # Y Y^T; b G + c G^2; P Y + a Y.
+    gram, polynomial, apply = matrix + square, 2 * square, square + 2 * matrix
+    if method == "standard":
+        return dtype.itemsize * steps * (gram + polynomial + apply)
+    segments = restart_segments(steps)
+    # Within a segment: two products for the Gram matrix and one for the factor, of two square operands each.
+    inner = sum(9 * square * (length - 1) for length in segments)
+    return dtype.itemsize * (len(segments) * (gram + apply) + steps * polynomial + inner)

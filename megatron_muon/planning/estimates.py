@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_muon.machines import Collective
 from megatron_muon.matrices import MatrixSpec
 from megatron_muon.plan import OwnershipPlan, PlanOptions, fewest_idle, largest_matrix_flops
 from megatron_muon.planning.buffers import Buffer, default_bucket_size
-from megatron_muon.planning.links import Collective, ring
+from megatron_muon.planning.links import ring
 from megatron_muon.planning.models import Layer, Model
 from megatron_muon.planning.schemes import (
     PARAM_BYTES,

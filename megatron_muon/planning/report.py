@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from megatron_muon.machines import COMPUTE_EFFICIENCY, GPUS_PER_NODE, LINK_EFFICIENCY, MACHINES
 from megatron_muon.planning.estimates import (
     MOONLIGHT,
     OURS,
@@ -18,7 +19,6 @@ from megatron_muon.planning.estimates import (
     StageEstimate,
     mean,
 )
-from megatron_muon.planning.links import COMPUTE_EFFICIENCY, GPUS_PER_NODE, LINK_EFFICIENCY, MACHINES
 
 JSON_VERSION = 1
 TITLES = {OURS: "Distributed Muon", UPSTREAM: "Megatron layer-wise", MOONLIGHT: "Moonlight all-gather"}

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_muon.config import TORCH_DTYPES, MuonConfig
+from megatron_muon.machines import GPUS_PER_NODE, Collective
 from megatron_muon.matrices import MatrixSpec
 from megatron_muon.newton_schulz import newton_schulz_flops
 from megatron_muon.plan import CostModel, OwnershipPlan, PlanOptions, build_plan
 from megatron_muon.planning.buffers import Buffer, distributed_buffer, layer_wise_buffer, sharded_matrices
-from megatron_muon.planning.links import GPUS_PER_NODE, Collective, all_to_all, ring
+from megatron_muon.planning.links import all_to_all, ring
 from megatron_muon.planning.stages import Grid, TransformerImpl
 
 MOMENTUM_BYTES = 4

@@ -1,0 +1,113 @@
+"""Nominal and assumed rates of links and arithmetic: the only home of such numbers. No torch, no ranks.
+
+Predictions are bandwidth alone: no latency, no contention, all GPUs of a node on one NVLink switch, one network adapter
+per GPU, both used at once. They are meant for comparing schemes, and for telling milliseconds from tens of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+GPUS_PER_NODE = 8
+LINK_EFFICIENCY = 0.8
+"""Assumed share of the nominal bandwidth that collectives of large buffers reach."""
+COMPUTE_EFFICIENCY = 0.6
+"""Assumed share of the nominal bf16 rate that Newton-Schulz's products reach."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU in a node of eight, by its data sheet.
+
+    Attributes:
+        name: The GPU.
+        nvlink_bytes_per_s: One direction, per GPU.
+        network_bytes_per_s: One direction, per GPU, between nodes.
+        bf16_flops_per_s: Dense tensor-core rate.
+        memory_bytes_per_s: Of its memory.
+        source: Where the numbers are from.
+    """
+
+    name: str
+    nvlink_bytes_per_s: float
+    network_bytes_per_s: float
+    bf16_flops_per_s: float
+    memory_bytes_per_s: float
+    source: str
+
+    def newton_schulz_ms(self, flops: float) -> float:
+        """Predicted time of a rank's Newton-Schulz products."""
+        return 1e3 * flops / (self.bf16_flops_per_s * COMPUTE_EFFICIENCY)
+
+    def exchange_ms(self, collectives: Iterable[Collective]) -> float:
+        """Predicted time of collectives that run one after the other."""
+        return sum(
+            1e3
+            * max(c.nvlink_bytes / self.nvlink_bytes_per_s, c.network_bytes / self.network_bytes_per_s)
+            / LINK_EFFICIENCY
+            for c in collectives
+        )
+
+
+_NVLINK4 = "NVLink 4: 900 GB/s, half each way; ConnectX-7: 400 Gb/s"
+MACHINES = (
+    Machine("H100", 450e9, 50e9, 989e12, 3.35e12, f"NVIDIA H100 SXM and DGX H100 data sheets. {_NVLINK4}"),
+    Machine("H200", 450e9, 50e9, 989e12, 4.8e12, f"NVIDIA H200 SXM and DGX H200 data sheets. {_NVLINK4}"),
+    Machine(
+        "B200",
+        900e9,
+        50e9,
+        2250e12,
+        8e12,
+        "NVIDIA DGX B200 data sheet. NVLink 5: 1.8 TB/s, half each way; ConnectX-7: 400 Gb/s",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a rank reaches in practice, where planning has to choose between computing and communicating.
+
+    Attributes:
+        flops_per_s: Of Newton-Schulz's matrix products.
+        bytes_per_s: Sent to ranks of other nodes.
+        node_bytes_per_s: Sent to ranks of its node.
+        latency_s: Of one all-to-all.
+    """
+
+    flops_per_s: float
+    bytes_per_s: float
+    node_bytes_per_s: float
+    latency_s: float
+
+
+REACHED: Mapping[str, Reached] = MappingProxyType(
+    {
+        # An H100 node with eight 400 Gb/s network cards: about 40 % of the bf16 peak for products of a few thousand
+        # rows, 80 % of a card's 50 GB/s, two thirds of NVLink's 450 GB/s, and what a small all-to-all takes.
+        "cuda": Reached(flops_per_s=400e12, bytes_per_s=40e9, node_bytes_per_s=300e9, latency_s=20e-6),
+        # One core, and Gloo over a loopback device.
+        "cpu": Reached(flops_per_s=50e9, bytes_per_s=1e9, node_bytes_per_s=1e9, latency_s=300e-6),
+    }
+)
+"""By `torch.device.type`. Cautious where `Machine`'s predictions are optimistic."""
+
+
+def machine_named(device_name: str) -> Machine | None:
+    """The machine whose GPU a driver calls by this name, such as "NVIDIA H100 80GB HBM3"; None if it is not known."""
+    return next((machine for machine in MACHINES if machine.name in device_name), None)
+
+
+@dataclass(frozen=True)
+class Collective:
+    """A collective, by what its busiest rank moves in the busier direction.
+
+    Attributes:
+        nvlink_bytes: Within the node.
+        network_bytes: To or from other nodes.
+    """
+
+    nvlink_bytes: float
+    network_bytes: float
