@@ -21,6 +21,8 @@ FloatDtype = Literal["bf16", "fp16", "fp32"]
 ExchangeDtype = Literal["bf16", "fp32"]
 MomentumDtype = Literal["fp32", "bf16"]
 TensorParallelMode = Literal["exact", "blockwise"]
+QkvSplit = Literal["none", "qkv", "group", "head"]
+MlaSplit = Literal["none", "part", "head"]
 Balance = Literal["time", "flops"]
 RouterOptimizer = Literal["muon", "adam"]
 InitFromAdamW = Literal["refuse", "momentum", "fresh"]
@@ -92,11 +94,26 @@ class MuonConfig:
         default=0.2, metadata={"help": "root mean square of an update that scale mode rms aims at; 0.2 is AdamW's"}
     )
     extra_scale_factor: float = field(default=1.0, metadata={"help": "another factor on every update"})
-    split_qkv: bool = field(
-        default=True, metadata={"help": "orthogonalize Q, K and V of a fused QKV weight separately"}
+    qkv_split: QkvSplit = field(
+        default="qkv",
+        metadata={
+            "help": "what of a fused QKV weight is orthogonalized as one: all of it; its Q, K and V; those of each "
+            "query group; those of each head"
+        },
+    )
+    mla_split: MlaSplit = field(
+        default="none",
+        metadata={
+            "help": "what of a weight of multi-head latent attention is orthogonalized as one: all of it; its parts "
+            "(with and without rotary positions, keys, values); those of each head, and the output projection's heads"
+        },
     )
     split_gated: bool = field(
         default=True, metadata={"help": "orthogonalize gate and up of a fused gated-MLP weight separately"}
+    )
+    splits: str = field(
+        default="",
+        metadata={"help": "YAML file of rows that say which parameters are Muon's and how they are split; empty: none"},
     )
     router: RouterOptimizer = field(default="muon", metadata={"help": "optimizer of MoE router weights"})
     tp_mode: TensorParallelMode = field(
@@ -120,6 +137,10 @@ class MuonConfig:
         default=1024, metadata={"help": "size in MiB of a round's exchange buffer on a rank; bounds the rounds"}
     )
     log_interval: int = field(default=0, metadata={"help": "log metrics of the updates every so many steps; 0: never"})
+    log_params: bool = field(
+        default=False,
+        metadata={"help": "print, at start-up, every parameter's optimizer, logical matrices, owners and FLOPs"},
+    )
     metrics_dir: str = field(
         default="", metadata={"help": "where muon_metrics.jsonl is written; empty: the TensorBoard directory"}
     )

@@ -76,8 +76,9 @@ class SliceElements:
         for index, part in enumerate(spec.parts):
             joined_rows, _ = spec.joined_shape(index)
             (tile_rows, tile_cols), (_, across) = spec.tile_shape(index), spec.tile_grid(index)
-            at = torch.cat([torch.arange(start, stop) for start, stop in part.rows])
-            row = torch.arange(part.num_rows) + (self.piece * part.num_rows if spec.partition_dim == 0 else 0)
+            ranges = [torch.arange(start, stop) for start, stop in part.rows_in(self.piece)]
+            at = torch.cat([torch.empty(0, dtype=torch.int64), *ranges])
+            row = torch.arange(part.num_rows_in(self.piece)) + spec.offset_of_piece(index, self.piece)[0]
             tile, row_in_tile = row // tile_rows * across, row % tile_rows
             out.part[at] = index
             out.element[at] = element_row + row

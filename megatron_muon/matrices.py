@@ -3,42 +3,59 @@
 A parameter is stored per tensor-parallel (TP) rank as a local 2-D tensor, a piece of the whole. Its `Part`s are sets of
 rows of that local tensor: the Q rows of a fused QKV weight, the gate of a fused gated MLP, or all of it. A part's rows,
 joined over the TP ranks, make the part's *joined matrix*. That is one logical matrix, or it is tiled by several of one
-shape if the part is cut into blocks (heads) or TP pieces are not joined. A `Share` is what one rank collects of it.
+shape if the part is cut into blocks (heads) or TP pieces are not joined. `splits` makes the parts of kinds of weights.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Cuts a part into logical matrices of `size` rows (dim 0) or columns (dim 1) of its local tensor."""
+    """Cuts a part into logical matrices of `size` rows (dim 0) or columns (dim 1)."""
 
     dim: int
     size: int
 
 
+Ranges = tuple[tuple[int, int], ...]
+"""Disjoint, ascending, half-open ranges of rows."""
+
+
 @dataclass(frozen=True)
 class Part:
-    """Rows of a parameter's local tensor that are orthogonalized together.
+    """Rows of a parameter that are orthogonalized together.
 
     Attributes:
         label: Name within the parameter, such as "q"; empty for the only part.
-        rows: Disjoint, ascending half-open row ranges of the local tensor.
+        rows: The rows of the local tensor, where they are the same on all TP pieces.
         blocks: How to cut the part into several logical matrices; None keeps it whole.
+        pieces: The rows of each TP piece, where they differ; a piece may have none. Then `rows` is empty.
     """
 
     label: str
-    rows: tuple[tuple[int, int], ...]
+    rows: Ranges
     blocks: Blocks | None = None
+    pieces: tuple[Ranges, ...] = ()
+
+    def rows_in(self, piece: int) -> Ranges:
+        """The rows of a piece's local tensor."""
+        return self.pieces[piece] if self.pieces else self.rows
 
     @cached_property
-    def num_rows(self) -> int:
-        return sum(stop - start for start, stop in self.rows)
+    def _counts(self) -> tuple[int, ...]:
+        return tuple(sum(stop - start for start, stop in ranges) for ranges in self.pieces or (self.rows,))
+
+    def num_rows_in(self, piece: int) -> int:
+        """How many rows a piece's local tensor has of the part."""
+        return self._counts[piece if self.pieces else 0]
+
+    def first_row_of(self, piece: int) -> int:
+        """How many rows the pieces before have together."""
+        return sum(self._counts[:piece]) if self.pieces else piece * self._counts[0]
 
 
 @dataclass(frozen=True)
@@ -50,7 +67,7 @@ class MatrixSpec:
         shape: (rows, cols) of the tensor that one TP rank stores.
         tp_size: Number of TP ranks that store the parameter.
         partition_dim: Dimension split over TP; None if every TP rank stores the whole.
-        parts: Cover every row exactly once.
+        parts: Cover every row of every piece exactly once.
         tp_joined: False makes each TP rank's piece a logical matrix of its own ("blockwise").
 
     Raises:
@@ -73,27 +90,48 @@ class MatrixSpec:
                 f"{self.name}: got tp_size {self.tp_size} and partition_dim {self.partition_dim}, "
                 "expected a positive size and 0, 1 or None"
             )
-        at = 0
-        for start, stop in sorted(r for part in self.parts for r in part.rows):
-            if start != at or stop <= start:
+        self._check_pieces()
+        for piece in range(self.num_pieces if any(part.pieces for part in self.parts) else 1):
+            self._check_cover([part.rows_in(piece) for part in self.parts])
+        for part in self.parts:
+            for ranges in part.pieces or (part.rows,):
+                if list(ranges) != sorted(ranges):
+                    raise ValueError(f"{self.name}.{part.label}: got rows {ranges}, expected ascending ranges")
+        for index, part in enumerate(self.parts):
+            self._check_blocks(index, part)
+
+    def _check_pieces(self) -> None:
+        for part in self.parts:
+            if not part.pieces:
+                continue
+            if self.partition_dim != 0 or len(part.pieces) != self.tp_size or part.rows or not self.tp_joined:
                 raise ValueError(
-                    f"{self.name}: the parts' rows {[p.rows for p in self.parts]} do not cover 0..{rows} exactly once"
+                    f"{self.name}.{part.label}: got rows for each of {len(part.pieces)} pieces, expected them only for "
+                    f"the joined pieces of a parameter split along dim 0, of which there are {self.num_pieces}"
                 )
+
+    def _check_cover(self, ranges: list[Ranges]) -> None:
+        at, rows = 0, self.shape[0]
+        for start, stop in sorted(r for part in ranges for r in part):
+            if start != at or stop <= start:
+                raise ValueError(f"{self.name}: the parts' rows {ranges} do not cover 0..{rows} exactly once")
             at = stop
         if at != rows:
             raise ValueError(f"{self.name}: the parts cover {at} rows, expected {rows}")
-        for part in self.parts:
-            if list(part.rows) != sorted(part.rows):
-                raise ValueError(f"{self.name}.{part.label}: got rows {part.rows}, expected ascending ranges")
-            if part.blocks is not None and part.blocks.dim not in (0, 1):
-                raise ValueError(f"{self.name}.{part.label}: got blocks along dim {part.blocks.dim}, expected 0 or 1")
-            if part.blocks is not None:
-                extent = (part.num_rows, cols)[part.blocks.dim]
-                if part.blocks.size < 1 or extent % part.blocks.size:
-                    raise ValueError(
-                        f"{self.name}.{part.label}: {extent} {('rows', 'columns')[part.blocks.dim]} on a rank "
-                        f"do not divide into blocks of {part.blocks.size}"
-                    )
+
+    def _check_blocks(self, index: int, part: Part) -> None:
+        if part.blocks is None:
+            return
+        dim, size = part.blocks.dim, part.blocks.size
+        if dim not in (0, 1):
+            raise ValueError(f"{self.name}.{part.label}: got blocks along dim {dim}, expected 0 or 1")
+        extent = (self.joined_shape(index) if self.tp_joined else (part.num_rows_in(0), self.shape[1]))[dim]
+        if size < 1 or extent % size:
+            whose = "" if self.tp_joined or self.num_pieces == 1 else " on a rank"
+            raise ValueError(
+                f"{self.name}.{part.label}: {extent} {('rows', 'columns')[dim]}{whose} do not divide into blocks of "
+                f"{size}"
+            )
 
     @property
     def replicated(self) -> bool:
@@ -104,6 +142,10 @@ class MatrixSpec:
     def num_pieces(self) -> int:
         """Number of TP pieces that make up the parameter; copies do not count."""
         return 1 if self.partition_dim is None else self.tp_size
+
+    def piece_of(self, tp_rank: int) -> int:
+        """Which piece a TP rank stores."""
+        return tp_rank if self.num_pieces > 1 else 0
 
     @property
     def local_numel(self) -> int:
@@ -116,19 +158,20 @@ class MatrixSpec:
 
     def joined_shape(self, index: int) -> tuple[int, int]:
         """(rows, cols) of part `index`, joined over the TP pieces along the partitioned dimension."""
-        return self._joined(self.parts[index].num_rows, self.shape[1])
+        part, cols = self.parts[index], self.shape[1]
+        if self.partition_dim == 0:
+            return part.first_row_of(self.tp_size), cols
+        return part.num_rows_in(0), cols * self.tp_size if self.partition_dim == 1 else cols
 
-    def _joined(self, rows: int, cols: int) -> tuple[int, int]:
-        return (
-            rows * self.num_pieces if self.partition_dim == 0 else rows,
-            cols * self.num_pieces if self.partition_dim == 1 else cols,
-        )
+    def offset_of_piece(self, index: int, piece: int) -> tuple[int, int]:
+        """(row, col) of the joined matrix of part `index` where what piece `piece` has of it begins."""
+        if self.partition_dim == 0:
+            return self.parts[index].first_row_of(piece), 0
+        return 0, piece * self.shape[1] if self.partition_dim == 1 else 0
 
     def tile_shape(self, index: int) -> tuple[int, int]:
         """(rows, cols) of one logical matrix; the logical matrices of a part tile its joined matrix."""
-        extent = [self.parts[index].num_rows, self.shape[1]]
-        if self.tp_joined:
-            extent = [*self._joined(*extent)]
+        extent = [*(self.joined_shape(index) if self.tp_joined else (self.parts[index].num_rows_in(0), self.shape[1]))]
         blocks = self.parts[index].blocks
         if blocks is not None:
             extent[blocks.dim] = blocks.size
@@ -144,51 +187,12 @@ class MatrixSpec:
         joined, tile = self.joined_shape(index), self.tile_shape(index)
         return joined[0] // tile[0], joined[1] // tile[1]
 
-    def part_offset(self, index: int, flat: int) -> int:
-        """How many elements of part `index` lie before position `flat` of the local tensor, flattened."""
-        cols = self.shape[1]
-        return sum(min(max(flat - start * cols, 0), (stop - start) * cols) for start, stop in self.parts[index].rows)
+    def part_offset(self, index: int, piece: int, flat: int) -> int:
+        """How many elements of part `index` lie before position `flat` of piece `piece`, flattened."""
+        cols, ranges = self.shape[1], self.parts[index].rows_in(piece)
+        return sum(min(max(flat - start * cols, 0), (stop - start) * cols) for start, stop in ranges)
 
 
 def whole(rows: int) -> tuple[Part, ...]:
     """The parts of a parameter that is one logical matrix."""
     return (Part("", ((0, rows),)),)
-
-
-def interleaved(name: str, rows: int, sizes: Sequence[int], labels: Sequence[str]) -> tuple[Part, ...]:
-    """The parts of a fused weight whose rows repeat a pattern, as Megatron's QKV does for each query group.
-
-    Args:
-        name: The parameter, for the error message.
-        rows: Rows of the local tensor.
-        sizes: Rows of each part in one repetition.
-        labels: The parts' names.
-
-    Raises:
-        ValueError: If the pattern does not divide `rows`.
-    """
-    period = sum(sizes)
-    if period < 1 or min(sizes) < 1 or rows % period:
-        raise ValueError(
-            f"{name}: {rows} rows on a rank do not divide into repetitions of "
-            f"{' + '.join(f'{size} ({label})' for size, label in zip(sizes, labels, strict=True))} = {period} rows; "
-            "check the attention head and query group counts, or switch the split off"
-        )
-    parts = []
-    offset = 0
-    for size, label in zip(sizes, labels, strict=True):
-        ranges = tuple((at + offset, at + offset + size) for at in range(0, rows, period))
-        parts.append(Part(label, ranges))
-        offset += size
-    return tuple(parts)
-
-
-def gated(name: str, rows: int) -> tuple[Part, ...]:
-    """The parts of a fused gated MLP's first weight, [gate; up] on each TP rank.
-
-    Raises:
-        ValueError: If `rows` is odd.
-    """
-    if rows % 2:
-        raise ValueError(f"{name}: {rows} rows on a rank are not a gate and an up half of equal size")
-    return interleaved(name, rows, (rows // 2, rows // 2), ("gate", "up"))

@@ -226,7 +226,7 @@ class _Binding:
         for index in self.slices:
             spec = plan.matrices[index].spec
             (own,) = (s for s in plan.matrices[index].slices if s.rank == rank)
-            piece = plan.tp_ranks[rank] if spec.num_pieces > 1 else 0
+            piece = spec.piece_of(plan.tp_ranks[rank])
             out[index] = SliceElements(spec, piece, own.start, own.stop, self.exchange.device)
         return out
 

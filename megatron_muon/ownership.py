@@ -278,7 +278,7 @@ class OwnershipPlan:
             tp_rank = self.tp_ranks[s.rank]
             if spec.replicated and not scatter and tp_rank != owner_tp_rank:
                 continue
-            piece = tp_rank if spec.num_pieces > 1 else 0
+            piece = spec.piece_of(tp_rank)
             start, stop = share_run(spec, item.part, share, piece, s.start, s.stop)
             if start < stop:
                 out.append(Segment(item, s.rank, piece, start, stop))

@@ -117,7 +117,7 @@ def build_plan(
             raise ValueError(f"{name}: got {len(values)} values for {world_size} ranks")
     node_size = _node_size(nodes)
     keys = [(index, part) for index, m in enumerate(matrices) for part in range(len(m.spec.parts))]
-    jobs = [_job(matrices[index], part, world_size, node_size, ns_steps, options) for index, part in keys]
+    jobs = [_job(matrices[index], part, tp_ranks, node_size, ns_steps, options) for index, part in keys]
     owners: list[list[tuple[int, ...]]] = [[()] * len(m.spec.parts) for m in matrices]
     methods: list[list[Method]] = [[Method()] * len(m.spec.parts) for m in matrices]
     assigned = assign(jobs, initial, nodes)
@@ -181,13 +181,18 @@ def _node_size(nodes: Sequence[int]) -> int:
     return sizes.pop() if len(sizes) == 1 else 1
 
 
-def _job(matrix: ShardedMatrix, part: int, world_size: int, node_size: int, ns_steps: int, options: PlanOptions) -> Job:
+def _job(
+    matrix: ShardedMatrix, part: int, tp_ranks: Sequence[int], node_size: int, ns_steps: int, options: PlanOptions
+) -> Job:
     spec = matrix.spec
-    most = min(options.max_team_size, world_size, max_shares(spec, part))
+    most = min(options.max_team_size, len(tp_ranks), max_shares(spec, part))
     costs = share_costs(
         spec.logical_shape(part), most, node_size, ns_steps, options.ns_dtype, options.team_cost, options.ns_method
     )
-    held = {s.rank: spec.part_offset(part, s.stop) - spec.part_offset(part, s.start) for s in matrix.slices}
+    held = {}
+    for s in matrix.slices:
+        piece = spec.piece_of(tp_ranks[s.rank])
+        held[s.rank] = spec.part_offset(part, piece, s.stop) - spec.part_offset(part, piece, s.start)
     return Job((spec.name, part), costs, {rank: numel for rank, numel in held.items() if numel})
 
 
@@ -215,7 +220,7 @@ def _by_share(
     held: dict[tuple[int, int], int] = {}
     for s in matrix.slices:
         if s.rank in ranks:
-            piece = tp_ranks[s.rank] if spec.num_pieces > 1 else 0
+            piece = spec.piece_of(tp_ranks[s.rank])
             for index, share in enumerate(shares(spec, part, len(ranks))):
                 start, stop = share_run(spec, part, share, piece, s.start, s.stop)
                 if start < stop:

@@ -1,10 +1,12 @@
 """Muon on whole matrices in one process: the oracle that tests compare the distributed optimizer with.
 
 Written for reading, not for speed. It knows nothing of slices, plans or tensor-parallel layouts: a parameter is one
-2-D tensor, and its logical matrices are lists of its row numbers.
+2-D tensor, and its logical matrices are lists of its row numbers, with a range of columns where these are not all.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,21 +14,23 @@ from torch import Tensor
 from megatron_muon.config import TORCH_DTYPES, MuonConfig, owner_factor
 from megatron_muon.newton_schulz import coefficients, normalize, orthogonalize, scaling_for
 
+Logical = list[int] | tuple[list[int], slice]
+
 
 class ReferenceMuon:
     """The update of arXiv 2502.16982 on whole fp32 parameters.
 
     Args:
         parameters: Name -> (rows, cols) fp32 tensor; mutated by `step`.
-        logical_rows: Name -> row numbers of each logical matrix; a name that is missing is one matrix.
+        logical: Name -> rows (and columns) of each logical matrix; a name that is missing is one matrix.
         config: Settings; `exchange_dtype` rounds what a distributed run would send, also here.
     """
 
     def __init__(
-        self, parameters: dict[str, Tensor], logical_rows: dict[str, list[list[int]]], config: MuonConfig
+        self, parameters: dict[str, Tensor], logical: Mapping[str, Sequence[Logical]], config: MuonConfig
     ) -> None:
         self.parameters = parameters
-        self.logical_rows = logical_rows
+        self.logical = logical
         self.config = config
         self.momenta = {name: torch.zeros_like(w) for name, w in parameters.items()}
 
@@ -42,13 +46,13 @@ class ReferenceMuon:
         schedule = coefficients(self.config.coefficients, self.config.ns_steps)
         direction = direction.to(wire).float()
         update = torch.empty_like(direction)
-        for rows in self.logical_rows.get(name, [list(range(len(direction)))]):
-            matrix = direction[rows]
+        for place in self.logical.get(name, [list(range(len(direction)))]):
+            matrix = direction[place]
             if self.config.ns_dtype == "fp16":
                 matrix = normalize(matrix)
             matrix = matrix.to(TORCH_DTYPES[self.config.ns_dtype])
             orthogonal = orthogonalize(matrix, schedule, scaling=scaling_for(self.config.coefficients)).float()
-            update[rows] = orthogonal * owner_factor(matrix.shape[0], matrix.shape[1], self.config)
+            update[place] = orthogonal * owner_factor(matrix.shape[0], matrix.shape[1], self.config)
         return update.to(wire).float()
 
     def step(self, gradients: dict[str, Tensor], *, lr: float, weight_decay: float) -> None:

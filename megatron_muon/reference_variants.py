@@ -1,16 +1,18 @@
 """NorMuon, AdaMuon and their like on whole matrices in one process; the oracle beside `reference`, for reading as well.
 
-As there, a parameter is one 2-D tensor and its logical matrices are lists of its row numbers. Sums of squares are taken
+As there, a parameter is one 2-D tensor and its logical matrices are rows (and columns) of it. Sums of squares are taken
 in whole numbers, as `second_moment` takes them, so that a distributed run can be compared bit by bit.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
 from megatron_muon.config import MuonConfig, scale_factor
-from megatron_muon.reference import ReferenceMuon
+from megatron_muon.reference import Logical, ReferenceMuon
 from megatron_muon.rounding import random_bits, stochastic_bf16, stream
 from megatron_muon.second_moment import LINE_BITS, norm_bits
 
@@ -29,15 +31,15 @@ class ReferenceVariants(ReferenceMuon):
     """
 
     def __init__(
-        self, parameters: dict[str, Tensor], logical_rows: dict[str, list[list[int]]], config: MuonConfig
+        self, parameters: dict[str, Tensor], logical: Mapping[str, Sequence[Logical]], config: MuonConfig
     ) -> None:
-        super().__init__(parameters, logical_rows, config)
+        super().__init__(parameters, logical, config)
         self.second_moments: dict[tuple[str, int], Tensor] = {}
         self.steps = 0
 
-    def rows(self, name: str) -> list[list[int]]:
-        """Row numbers of each logical matrix of a parameter."""
-        return self.logical_rows.get(name, [list(range(len(self.parameters[name])))])
+    def places(self, name: str) -> Sequence[Logical]:
+        """Where each logical matrix of a parameter is."""
+        return self.logical.get(name, [list(range(len(self.parameters[name])))])
 
     def direction(self, name: str, gradient: Tensor) -> Tensor:
         """Advances the momentum of `name` and returns what is orthogonalized."""
@@ -47,7 +49,9 @@ class ReferenceVariants(ReferenceMuon):
         self.momenta[name] = m.clone()
         if self.config.momentum_dtype == "bf16":
             numbers = torch.empty(m.shape, dtype=torch.int64)
-            order = [row for rows in self.rows(name) for row in rows]
+            rows = [place[0] if isinstance(place, tuple) else place for place in self.places(name)]
+            # Logical matrices that lie beside each other have the same rows, which are numbered once.
+            order = list(dict.fromkeys(row for some in rows for row in some))
             numbers[order] = torch.arange(m.numel()).view(m.shape)
             bits = random_bits(numbers, stream(name, self.steps))
             self.momenta[name] = stochastic_bf16(m, bits).float()
@@ -58,8 +62,8 @@ class ReferenceVariants(ReferenceMuon):
         """The scaled orthogonalized direction, divided by the root of its mean squares, before lr."""
         update = super().update(name, direction)
         if self.config.variant != "muon":
-            for number, rows in enumerate(self.rows(name)):
-                update[rows] = self.divided(update[rows], (name, number))
+            for number, place in enumerate(self.places(name)):
+                update[place] = self.divided(update[place], (name, number))
         return update
 
     def divided(self, o: Tensor, key: tuple[str, int]) -> Tensor:

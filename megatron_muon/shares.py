@@ -154,14 +154,12 @@ def logical_views(spec: MatrixSpec, part: int, collected: Tensor) -> list[Tensor
 
 def _in_piece(spec: MatrixSpec, part: int, share: Share, piece: int) -> tuple[_Rectangle, _Rectangle]:
     """What a share has of a TP piece: as a rectangle of the part's rows of the piece, and of the collected tensor."""
-    extent = (spec.parts[part].num_rows, spec.shape[1])
-    low, high, at = [0, 0], [*extent], [0, 0]
-    shift = piece * extent[share.dim] if share.dim == spec.partition_dim else 0
-    low[share.dim] = min(max(share.start - shift, 0), extent[share.dim])
-    high[share.dim] = min(max(share.stop - shift, 0), extent[share.dim])
-    if spec.partition_dim is not None:
-        # The pieces lie one after the other in the collected tensor, which begins where the share does.
-        at[spec.partition_dim] = piece * extent[spec.partition_dim]
+    extent = (spec.parts[part].num_rows_in(piece), spec.shape[1])
+    # The pieces lie one after the other in the joined matrix; the collected tensor begins where the share does.
+    at = [*spec.offset_of_piece(part, piece)]
+    low, high = [0, 0], [*extent]
+    low[share.dim] = min(max(share.start - at[share.dim], 0), extent[share.dim])
+    high[share.dim] = min(max(share.stop - at[share.dim], 0), extent[share.dim])
     at[share.dim] = max(at[share.dim] - share.start, 0)
     stored = _Rectangle(low[0], high[0], low[1], high[1], extent[1])
     pitch = share_shape(spec, part, share)[1]
@@ -174,7 +172,7 @@ def share_run(spec: MatrixSpec, part: int, share: Share, piece: int, start: int,
     stored, _ = _in_piece(spec, part, share, piece)
     if stored.empty:
         return 0, 0
-    return stored.before(spec.part_offset(part, start)), stored.before(spec.part_offset(part, stop))
+    return stored.before(spec.part_offset(part, piece, start)), stored.before(spec.part_offset(part, piece, stop))
 
 
 def stored_strips(spec: MatrixSpec, part: int, share: Share, piece: int, start: int, stop: int) -> list[Strip]:
@@ -182,7 +180,7 @@ def stored_strips(spec: MatrixSpec, part: int, share: Share, piece: int, start: 
     stored, _ = _in_piece(spec, part, share, piece)
     out = []
     above = 0
-    for first, last in spec.parts[part].rows:
+    for first, last in spec.parts[part].rows_in(piece):
         # The part's rows from `above` on are rows `first`.. of the local tensor.
         top, bottom = max(stored.top - above, 0) + first, min(stored.bottom - above + first, last)
         above += last - first

@@ -77,7 +77,25 @@ TE_MOE: dict[str, Any] = dict(
     moe_shared_expert_intermediate_size=128,
     moe_grouped_gemm=True,
 )
-MODELS = {"dense": DENSE, "odd": ODD, "learned": LEARNED, "moe": MOE, "mla": MLA, "te-moe": TE_MOE}
+# Rows of a Mamba mixer's in_proj, whole; each tensor-parallel rank has its share of each.
+MIXER_SIZES = {"z": 16, "x": 16, "B": 8, "C": 8, "dt": 4}
+# Beside settings of Megatron's config: `fused` down projections of MLA, `experts` of a stand-in's kind, `mixers`.
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": DENSE,
+    "odd": ODD,
+    "learned": LEARNED,
+    "moe": MOE,
+    "mla": MLA,
+    "gated attention": dict(DENSE, attention_output_gate=True),
+    "mla lora": dict(MLA, q_lora_rank=12),
+    "mla fused": dict(MLA, q_lora_rank=12, fused=True),
+    "mtp": dict(MLA, q_lora_rank=12, mtp_num_layers=1),
+    "grouped": dict(MOE, experts="each"),
+    "stacked": dict(MOE, experts="single"),
+    "mixers": dict(DENSE, mixers=True),
+    "te-moe": TE_MOE,
+}
+NO_SETTINGS = {"position", "fused", "experts", "mixers"}
 
 
 def make_config(model: str, layout: Layout, dtype: torch.dtype) -> Any:
@@ -116,11 +134,11 @@ def make_config(model: str, layout: Layout, dtype: torch.dtype) -> Any:
         activation_func=torch.nn.functional.silu,
         normalization="RMSNorm",
     )
-    settings.update({k: v for k, v in MODELS[model].items() if k != "position"})
+    settings.update({k: v for k, v in MODELS[model].items() if k not in NO_SETTINGS})
     settings.update(layout.config)
     if settings["num_layers"] != 2 and "moe_layer_freq" in settings:
         settings["moe_layer_freq"] = [0] + [1] * (settings["num_layers"] - 1)
-    return (MLATransformerConfig if model == "mla" else TransformerConfig)(**settings)
+    return (MLATransformerConfig if "multi_latent_attention" in settings else TransformerConfig)(**settings)
 
 
 def initialize(layout: Layout) -> None:
@@ -150,20 +168,17 @@ def make_chunks(model: str, layout: Layout, dtype: torch.dtype) -> list[nn.Modul
     chunks: list[nn.Module] = []
     for stage in range(layout.vpp or 1):
         vp_stage = stage if layout.vpp else None
+        with_te = model.startswith("te")
         spec = get_gpt_decoder_block_spec(
-            config,
-            use_transformer_engine=model.startswith("te"),
-            normalization=config.normalization,
-            vp_stage=vp_stage,
+            config, use_transformer_engine=with_te, normalization=config.normalization, vp_stage=vp_stage
         )
-        mtp = None
-        if config.mtp_num_layers:
-            mtp = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=model.startswith("te"), vp_stage=vp_stage)
+        if MODELS[model].get("fused"):
+            _fuse_down_projections(spec)
+        mtp = get_gpt_mtp_block_spec(config, spec, with_te, vp_stage=vp_stage) if config.mtp_num_layers else None
         with _modules_may_be_built(model):
             chunk = GPTModel(
                 config,
                 spec,
-                mtp_block_spec=mtp,
                 vocab_size=VOCABULARY,
                 max_sequence_length=SEQUENCE,
                 pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -171,7 +186,9 @@ def make_chunks(model: str, layout: Layout, dtype: torch.dtype) -> list[nn.Modul
                 position_embedding_type=MODELS[model].get("position", "rope"),
                 share_embeddings_and_output_weights=False,
                 vp_stage=vp_stage,
+                mtp_block_spec=mtp,
             )
+        _add_stand_ins(chunk, MODELS[model], layout)
         chunk.model_type = None
         with torch.no_grad():
             for place in places(chunk, layout):
@@ -190,6 +207,28 @@ def _modules_may_be_built(model: str) -> AbstractContextManager[None]:
     from tests.te.cuda_stand_ins import modules_may_be_built
 
     return modules_may_be_built()
+
+
+def _fuse_down_projections(block: Any) -> None:
+    """Makes MLA's down projections one, as Megatron's Transformer Engine spec does with mla_down_proj_fusion."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+    from megatron.core.transformer.multi_latent_attention import FusedMLASelfAttention
+
+    for layer in block.layer_specs:
+        attention = layer.submodules.self_attention
+        attention.module = FusedMLASelfAttention
+        attention.submodules.linear_qkv_down_proj = ColumnParallelLinear
+
+
+def _add_stand_ins(chunk: Any, settings: dict[str, Any], layout: Layout) -> None:
+    from tests.stand_ins import Delta, GroupedExperts, Mixer
+
+    for layer in chunk.decoder.layers:
+        if "experts" in settings and hasattr(layer.mlp, "experts"):
+            layer.mlp.experts = GroupedExperts(layer.mlp.experts, settings["experts"] == "single")
+        if settings.get("mixers"):
+            layer.mixer = Mixer(chunk.config.hidden_size, MIXER_SIZES, layout.tp)
+            layer.delta = Delta(chunk.config.hidden_size, layout.tp)
 
 
 @dataclass(frozen=True)
@@ -222,19 +261,26 @@ def places(chunk: nn.Module, layout: Layout) -> list[Place]:
             if isinstance(module, SequentialMLP):
                 first = ps.get_expert_model_parallel_rank() * len(module.local_experts)
                 parts[at + 1] = str(first + int(parts[at + 1]))
-            if isinstance(module, TEGroupedMLP) and at == len(parts) - 2:
+            if isinstance(module, TEGroupedMLP) and at == len(parts) - 2 and parts[-1] != "weight":
                 first = ps.get_expert_model_parallel_rank() * module.num_local_experts
                 parts[-1] = f"weight{first + int(parts[-1].removeprefix('weight'))}"
         name = ".".join(parts)
         expert = not getattr(parameter, "allreduce", True)
         size = layout.expert_tp if expert else layout.tp
         rank = ps.get_expert_tensor_parallel_rank() if expert else ps.get_tensor_model_parallel_rank()
-        shape = list(parameter.shape)
+        stacked = parameter.dim() == 3 and ".experts." in name
+        shape = list(parameter.shape[1:] if stacked else parameter.shape)
+        shard: Callable[[Tensor], Tensor] = _identity
         if getattr(parameter, "tensor_model_parallel", False) and size > 1:
-            shape[parameter.partition_dim] *= size  # type: ignore[attr-defined]
-            shard = partial(_shard, dim=parameter.partition_dim, size=size, rank=rank, gated="linear_fc1" in name)  # type: ignore[attr-defined]
-        else:
-            shard = _identity  # type: ignore[assignment]
+            dim = parameter.partition_dim  # type: ignore[attr-defined]
+            shape[dim] *= size
+            shard = partial(_shard, dim=dim, size=size, rank=rank, sections=_sections(name, shape[0], chunk))
+        if stacked:
+            # All experts of the model below each other.
+            shard = partial(
+                _stack, shard=shard, rows=shape[0], count=len(parameter), ep_rank=ps.get_expert_model_parallel_rank()
+            )
+            shape[0] *= len(parameter) * layout.ep
         out.append(Place(name, parameter, tuple(shape), shard))
     return out
 
@@ -243,10 +289,23 @@ def _identity(whole: Tensor) -> Tensor:
     return whole
 
 
-def _shard(whole: Tensor, *, dim: int, size: int, rank: int, gated: bool) -> Tensor:
-    # A rank's rows of a gated fc1 are [its gate; its up].
-    blocks = whole.chunk(2, dim=0) if gated else (whole,)
-    return torch.cat([block.chunk(size, dim=dim)[rank] for block in blocks], dim=dim)
+def _sections(name: str, rows: int, chunk: Any) -> list[int]:
+    """Rows of what each tensor-parallel rank has a share of, one after the other."""
+    if "linear_fc1" in name:
+        return [rows // 2, rows // 2]
+    if "linear_qkv_down_proj" in name:
+        return [chunk.config.q_lora_rank, rows - chunk.config.q_lora_rank]
+    return [*MIXER_SIZES.values()] if "mixer.in_proj" in name else [rows]
+
+
+def _shard(whole: Tensor, *, dim: int, size: int, rank: int, sections: list[int]) -> Tensor:
+    blocks = whole.split(sections, dim=0)
+    return torch.cat([block.chunk(size, dim=dim)[rank] for block in blocks], dim=0)
+
+
+def _stack(whole: Tensor, *, shard: Callable[[Tensor], Tensor], rows: int, count: int, ep_rank: int) -> Tensor:
+    experts = whole.split(rows)[ep_rank * count : (ep_rank + 1) * count]
+    return torch.stack([shard(expert) for expert in experts])
 
 
 def normal(key: str, shape: tuple[int, ...]) -> Tensor:

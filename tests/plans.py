@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import itertools
 
-from megatron_muon.matrices import MatrixSpec
+from megatron_muon.config import MuonConfig
+from megatron_muon.matrices import MatrixSpec, Part
 from megatron_muon.plan import CostModel, ShardedMatrix, Slice
+from megatron_muon.splits import GatedMlp, parts_of, pattern
 
 FREE = CostModel(flops_per_s=1.0, bytes_per_s=1e30, node_bytes_per_s=1e30, latency_s=0.0)
 """With it sharing always pays, so that the planner makes teams of small matrices too."""
+
+
+def qkv_parts(rows: int, *sizes: int) -> tuple[Part, ...]:
+    """Q, K and V of a fused weight of `rows` rows on a rank that repeats so many rows of each."""
+    return parts_of("qkv", pattern(list(zip("qkv", sizes, strict=True))), rows, 1, 1)
+
+
+def gate_and_up(rows: int) -> tuple[Part, ...]:
+    """The two halves of a gated MLP's first weight of `rows` rows on a rank."""
+    return parts_of("fc1", GatedMlp().split(MuonConfig()), rows, 1, 1)
 
 
 def sharded(specs: list[MatrixSpec], cuts: list[int], tp: int) -> list[ShardedMatrix]:

@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("newton_schulz", "machines", "phases"),
     ("config", "matrices", "lockstep", "rounds", "kinds", "page", "checkpoints", "qk_clip"),
-    ("shares", "team", "elements", "rounding"),
-    ("muon", "reference", "cost_model", "second_moment"),
+    ("shares", "team", "elements", "rounding", "splits"),
+    ("split_file", "muon", "reference", "cost_model", "second_moment"),
     ("reference_variants",),
     ("assign", "ownership"),
     ("plan",),

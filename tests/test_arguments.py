@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
@@ -23,7 +24,10 @@ MODEL = (
     *("--max-position-embeddings", "32", "--micro-batch-size", "1", "--train-iters", "1", "--lr", "1e-3"),
 )
 # A value other than the default's, by field, where it cannot be made from the type.
-OTHER = {"coefficients": "you"}
+OTHER = {
+    "coefficients": "you",
+    "splits": str(Path(__file__).parent.parent / "examples" / "splits.yaml"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +112,9 @@ class TestSettings:
         [
             (("--muon-momentum", "0.8"), {"momentum": 0.8}),
             (("--muon-nesterov",), {"nesterov": True}),
-            (("--muon-no-split-qkv",), {"split_qkv": False}),
+            (("--muon-no-split-qkv",), {"qkv_split": "none"}),
+            (("--muon-no-split-qkv", "--muon-qkv-split", "none"), {"qkv_split": "none"}),
+            (("--muon-qkv-split", "head", "--muon-mla-split", "part"), {"qkv_split": "head", "mla_split": "part"}),
             (("--muon-scale-mode", "unit_rms_norm"), {"scale_mode": "unit_rms_norm"}),
             (("--muon-num-ns-steps", "4"), {"ns_steps": 4}),
             (("--muon-extra-scale-factor", "0.5"), {"extra_scale_factor": 0.5}),
@@ -199,7 +205,7 @@ class TestStock:
             ("--muon-ns-steps", "5"),
             ("--muon-coefficients", "keller"),
             ("--muon-no-nesterov",),
-            ("--muon-split-qkv",),
+            ("--muon-qkv-split", "qkv"),
             ("--muon-split-gated",),
             ("--muon-no-split-gated",),
             ("--muon-no-batched",),
@@ -285,6 +291,12 @@ BAD_WORDS: list[tuple[tuple[str, ...], type[Exception], str]] = [
     (("--muon-ns-steps", "4", "--muon-num-ns-steps", "6"), ValueError, "--muon-ns-steps: got 4, expected 6"),
     (("--muon-ns-dtype", "bf16", "--muon-fp32-matmul-prec", "high"), ValueError, "--muon-ns-dtype: got 'bf16'"),
     (("--muon-ns-dtype", "fp32", "--muon-fp32-matmul-prec", "low"), ValueError, "--muon-ns-dtype: got 'fp32'"),
+    (
+        ("--muon-no-split-qkv", "--muon-qkv-split", "qkv"),
+        ValueError,
+        "--muon-qkv-split: got 'qkv', expected 'none', which is what --muon-no-split-qkv means; give only one",
+    ),
+    (("--muon-splits", "nowhere.yaml"), ValueError, "--muon-splits nowhere.yaml: cannot be read"),
     (("--muon-scalar-optimizer", "lion"), NotImplementedError, "--muon-scalar-optimizer: got 'lion'"),
     (("--lr=-1e-3",), ValueError, "--lr: got -0.001"),
     (("--lr", "nan"), ValueError, "--lr: got nan"),

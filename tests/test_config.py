@@ -46,7 +46,9 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("update_rms", math.inf, "expected a finite number"),
     ("extra_scale_factor", 0, "expected positive"),
     ("extra_scale_factor", math.nan, "expected a finite number"),
-    ("split_qkv", "yes", "expected bool"),
+    ("qkv_split", "heads", "expected one of 'none', 'qkv', 'group', 'head'"),
+    ("mla_split", "qkv", "expected one of 'none', 'part', 'head'"),
+    ("splits", 3, "expected str"),
     ("split_gated", 0, "expected bool"),
     ("router", "sgd", "expected one of 'muon', 'adam'"),
     ("init_from_adamw", "zero", "expected one of 'refuse', 'momentum', 'fresh'"),
@@ -64,6 +66,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("profile", True, "expected int"),
     ("profile_dir", None, "expected str"),
     ("profile_links", 3, "expected str"),
+    ("log_params", "all", "expected bool"),
 ]
 
 
@@ -163,7 +166,7 @@ def test_preset_megatron_is_megatrons_own_flag_defaults() -> None:
     assert config.ns_steps == flags["muon_num_ns_steps"]
     assert config.scale_mode == flags["muon_scale_mode"]
     assert config.extra_scale_factor == flags["muon_extra_scale_factor"]
-    assert config.split_qkv == flags["muon_split_qkv"]
+    assert (config.qkv_split, flags["muon_split_qkv"]) == ("qkv", True)
     # Products in bf16.
     assert (config.ns_dtype, flags["muon_fp32_matmul_prec"]) == ("bf16", "medium")
     # It has no flag for a fused gate and up: it orthogonalizes them as one matrix.
@@ -224,7 +227,9 @@ OTHER_VALUES: dict[str, Any] = dict(
     scale_mode="spectral",
     update_rms=0.1,
     extra_scale_factor=2.0,
-    split_qkv=False,
+    qkv_split="head",
+    mla_split="part",
+    splits="splits.yaml",
     split_gated=False,
     router="adam",
     tp_mode="blockwise",
@@ -243,6 +248,7 @@ OTHER_VALUES: dict[str, Any] = dict(
     profile=10,
     profile_dir="profile",
     profile_links="links.json",
+    log_params=True,
     init_from_adamw="fresh",
 )
 

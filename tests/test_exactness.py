@@ -14,6 +14,7 @@ from torch import Tensor
 from megatron_muon.config import MuonConfig
 from megatron_muon.reference_variants import ReferenceVariants
 from tests.distributed import run_ranks
+from tests.logical import is_muons, logical_matrices
 from tests.models import (
     Layout,
     Place,
@@ -32,33 +33,11 @@ EXACT = MuonConfig(exchange_dtype="fp32", ns_dtype="fp32", batched=False)
 OVERLAP = dict(overlap_grad_reduce=True, overlap_param_gather=True)
 
 
-def logical_rows(place: Place, config: Any) -> list[list[int]] | None:
-    """Row numbers of the logical matrices of a whole parameter, written down independently of the product's code."""
-    rows = place.shape[0]
-    if re.search(r"linear_qkv\.weight$", place.name):
-        queries = config.num_attention_heads // config.num_query_groups
-        kinds: list[list[int]] = [[], [], []]
-        row = 0
-        for _ in range(config.num_query_groups):
-            for kind, heads in ((0, queries), (1, 1), (2, 1)):
-                kinds[kind] += range(row, row + heads * config.kv_channels)
-                row += heads * config.kv_channels
-        assert row == rows
-        return kinds
-    if re.search(r"linear_fc1\.weight\d*$", place.name):
-        return [list(range(rows // 2)), list(range(rows // 2, rows))]
-    return None
-
-
-def is_muons(place: Place) -> bool:
-    return len(place.shape) == 2 and not re.search(r"embedding|output_layer", place.name)
-
-
 def whole_second_moment(oracle: ReferenceVariants, place: Place) -> Tensor:
     """The oracle's running mean squares of a parameter, one for each element."""
     out = torch.empty(place.shape)
-    for number, rows in enumerate(oracle.rows(place.name)):
-        out[rows] = oracle.second_moments[place.name, number].expand(len(rows), place.shape[1])
+    for number, where in enumerate(oracle.places(place.name)):
+        out[where] = oracle.second_moments[place.name, number].expand(out[where].shape)
     return out
 
 
@@ -125,9 +104,9 @@ def check_layout(
     everything = [place for chunk in wrapped for place in places_of(chunk, layout)]
     model_config = make_config(model, layout, dtype)
     whole = {p.name: initial_value(p.name, p.shape).to(dtype).float() for p in everything}
-    rows = {p.name: r for p in everything if (r := logical_rows(p, model_config)) is not None}
-    matrices = {p.name for p in everything if is_muons(p)}
-    oracle = ReferenceVariants({n: w for n, w in whole.items() if n in matrices}, rows, muon)
+    logical = {p.name: m for p in everything if (m := logical_matrices(p, model_config, muon)) is not None}
+    matrices = {p.name for p in everything if is_muons(p, muon)}
+    oracle = ReferenceVariants({n: w for n, w in whole.items() if n in matrices}, logical, muon)
     others = {n: torch.nn.Parameter(w) for n, w in whole.items() if n not in matrices}
     adam = torch.optim.AdamW(
         [

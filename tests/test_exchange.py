@@ -14,10 +14,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_muon.exchange import Exchange
-from megatron_muon.matrices import Blocks, MatrixSpec, Part, gated, interleaved, whole
+from megatron_muon.matrices import Blocks, MatrixSpec, Part, whole
 from megatron_muon.pipeline import run_rounds
 from megatron_muon.plan import OwnershipPlan, PlanOptions, ShardedMatrix, Slice, build_plan
 from tests.distributed import RankError, run_ranks
+from tests.plans import gate_and_up, qkv_parts
 
 CPU = torch.device("cpu")
 # TP ranks store different numbers also where they store copies, so that it shows whose copy was taken.
@@ -58,8 +59,8 @@ def specs(tp_size: int) -> list[MatrixSpec]:
         MatrixSpec("column", (6, 5), tp_size, 0, whole(6)),
         MatrixSpec("row", (7, 3), tp_size, 1, whole(7)),
         MatrixSpec("replicated", (5, 7), tp_size, None, whole(5)),
-        MatrixSpec("qkv", (16, 3), tp_size, 0, interleaved("qkv", 16, (4, 2, 2), "qkv")),
-        MatrixSpec("fc1", (10, 2), tp_size, 0, gated("fc1", 10)),
+        MatrixSpec("qkv", (16, 3), tp_size, 0, qkv_parts(16, 4, 2, 2)),
+        MatrixSpec("fc1", (10, 2), tp_size, 0, gate_and_up(10)),
         MatrixSpec("heads", (6, 4), tp_size, 1, (Part("", ((0, 6),), Blocks(0, 2)),)),
         MatrixSpec("blockwise", (4, 4), tp_size, 0, whole(4), tp_joined=False),
         MatrixSpec("tiny", (1, 1), tp_size, None, whole(1)),

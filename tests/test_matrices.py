@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_muon.matrices import Blocks, MatrixSpec, Part, gated, interleaved, whole
+from megatron_muon.matrices import Blocks, MatrixSpec, Part, Ranges, whole
 from megatron_muon.shares import logical_views, share_run, share_shape, shares, stored_strips
 
 EXAMPLES = settings(max_examples=200, deadline=None, derandomize=True)
@@ -41,13 +40,15 @@ class Numbered:
             return self.whole[:, tp_rank * cols : (tp_rank + 1) * cols]
         return self.whole
 
-    def part_rows(self, index: int) -> list[int]:
-        return [row for start, stop in self.spec.parts[index].rows for row in range(start, stop)]
+    def part_rows(self, index: int, piece: int) -> list[int]:
+        """The part's rows of a piece's local tensor."""
+        part = self.spec.parts[index]
+        return [row for start, stop in (part.pieces[piece] if part.pieces else part.rows) for row in range(start, stop)]
 
     def pieces(self, index: int) -> list[Tensor]:
         """The part's rows of each piece."""
         pieces = range(1 if self.spec.partition_dim is None else self.spec.tp_size)
-        return [self.local(piece)[self.part_rows(index)] for piece in pieces]
+        return [self.local(piece)[self.part_rows(index, piece)] for piece in pieces]
 
     def collected(self, index: int) -> Tensor:
         """What the owner of a part collects: the part's rows of each piece, joined along the partitioned dimension."""
@@ -55,13 +56,14 @@ class Numbered:
 
     def logical(self, index: int) -> list[Tensor]:
         """The logical matrices of a part, cut from the whole parameter."""
-        spec, rows, blocks = self.spec, self.part_rows(index), self.spec.parts[index].blocks
+        spec, blocks = self.spec, self.spec.parts[index].blocks
         if not spec.tp_joined and spec.partition_dim is not None:
-            matrices = [self.local(tp_rank)[rows] for tp_rank in range(spec.tp_size)]
+            matrices = self.pieces(index)
         elif spec.partition_dim == 0:
-            matrices = [self.whole[[t * spec.shape[0] + row for t in range(spec.tp_size) for row in rows]]]
+            ranks = range(spec.tp_size)
+            matrices = [self.whole[[t * spec.shape[0] + row for t in ranks for row in self.part_rows(index, t)]]]
         else:
-            matrices = [self.whole[rows]]
+            matrices = [self.whole[self.part_rows(index, 0)]]
         if blocks is None:
             return matrices
         return [block for matrix in matrices for block in torch.split(matrix, blocks.size, dim=blocks.dim)]
@@ -71,47 +73,34 @@ def divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-@st.composite
-def parts_of(draw: st.DrawFn, rows: int, cols: int) -> tuple[Part, ...]:
-    """Any parts of a local tensor: all of it, a repeated pattern, halves, or rows dealt out at random."""
-    kind = draw(st.sampled_from(["whole", "interleaved", "gated", "random"]))
-    if kind == "interleaved":
-        period = draw(st.sampled_from(divisors(rows)))
-        inner = draw(st.sets(st.integers(1, period - 1), max_size=2)) if period > 1 else set()
-        cuts = sorted({0, *inner, period})
-        sizes = [b - a for a, b in pairwise(cuts)]
-        parts = interleaved("w", rows, sizes, "qkv"[: len(sizes)])
-    elif kind == "gated" and rows % 2 == 0:
-        parts = gated("w", rows)
-    elif kind == "random":
-        owners = draw(st.lists(st.integers(0, 2), min_size=rows, max_size=rows))
-        parts = tuple(
-            Part(str(owner), tuple((row, row + 1) for row in range(rows) if owners[row] == owner))
-            for owner in sorted(set(owners))
-        )
-    else:
-        parts = whole(rows)
-    result = []
-    for part in parts:
-        dim = draw(st.sampled_from([None, 0, 1]))
-        size = draw(st.sampled_from(divisors((part.num_rows, cols)[dim or 0])))
-        result.append(Part(part.label, part.rows, None if dim is None else Blocks(dim, size)))
-    return tuple(result)
+def dealt(draw: st.DrawFn, rows: int, count: int) -> list[Ranges]:
+    """Any rows for each of `count` parts."""
+    owners = draw(st.lists(st.integers(0, count - 1), min_size=rows, max_size=rows))
+    return [tuple((row, row + 1) for row in range(rows) if owners[row] == part) for part in range(count)]
 
 
 @st.composite
 def numbered(draw: st.DrawFn) -> Numbered:
-    rows, cols = draw(st.integers(1, 12)), draw(st.integers(1, 6))
-    return Numbered(
-        MatrixSpec(
-            name="w",
-            shape=(rows, cols),
-            tp_size=draw(st.integers(1, 4)),
-            partition_dim=draw(st.sampled_from([None, 0, 1])),
-            parts=draw(parts_of(rows, cols)),
-            tp_joined=draw(st.booleans()),
-        )
-    )
+    """A spec whose parts are any rows, the same on all TP pieces or not, whole or in blocks."""
+    rows, cols, tp_size = draw(st.integers(1, 12)), draw(st.integers(1, 6)), draw(st.integers(1, 4))
+    dim, tp_joined = draw(st.sampled_from([None, 0, 1])), draw(st.booleans())
+    count = draw(st.integers(1, 3))
+    if dim == 0 and tp_joined and draw(st.booleans()):
+        by_piece = [dealt(draw, rows, count) for _ in range(tp_size)]
+        parts = [Part(str(i), (), pieces=tuple(piece[i] for piece in by_piece)) for i in range(count)]
+    else:
+        parts = [Part(str(i), ranges) for i, ranges in enumerate(dealt(draw, rows, count))]
+    result = []
+    for part in parts:
+        pieces = tp_size if dim == 0 else 1
+        extent = [sum(part.num_rows_in(piece) for piece in range(pieces)), cols * (tp_size if dim == 1 else 1)]
+        if not tp_joined:
+            extent = [part.num_rows_in(0), cols]
+        if extent[0]:
+            block_dim = draw(st.sampled_from([None, 0, 1]))
+            size = draw(st.sampled_from(divisors(extent[block_dim or 0])))
+            result.append(replace(part, blocks=None if block_dim is None else Blocks(block_dim, size)))
+    return Numbered(MatrixSpec("w", (rows, cols), tp_size, dim, tuple(result), tp_joined))
 
 
 def in_order(matrices: list[Tensor]) -> list[list[list[int]]]:
@@ -159,24 +148,24 @@ def test_strips_and_offsets_of_a_flat_range(case: Numbered, data: st.DataObject)
     spec = case.spec
     start = data.draw(st.integers(0, spec.local_numel))
     stop = data.draw(st.integers(start, spec.local_numel))
-    covered = []
+    covered: list[list[int]] = [[] for _ in range(spec.num_pieces)]
     for index in range(len(spec.parts)):
-        rows = set(case.part_rows(index))
         (everything,) = shares(spec, index, 1)
         for piece in range(spec.num_pieces):
+            rows = set(case.part_rows(index, piece))
             strips = stored_strips(spec, index, everything, piece, start, stop)
             assert all(strip.numel for strip in strips)
             positions = [int(i) for s in strips for i in s.view(torch.arange(start, stop)).flatten()]
             assert positions == [i for i in range(start, stop) if i // spec.shape[1] in rows]
             before = [i for i in range(start) if i // spec.shape[1] in rows]
-            assert spec.part_offset(index, start) == len(before)
+            assert spec.part_offset(index, piece, start) == len(before)
             # A piece of the part, flattened, is its runs in a row: a slice lies at [offset(start), offset(stop)) of it.
-            first, last = spec.part_offset(index, start), spec.part_offset(index, stop)
+            first, last = (spec.part_offset(index, piece, at) for at in (start, stop))
             assert share_run(spec, index, everything, piece, start, stop) == (first, last)
             inside = case.pieces(index)[piece].flatten()[first:last]
             assert torch.equal(inside, case.local(piece).flatten()[positions])
-        covered += positions
-    assert sorted(covered) == list(range(start, stop))
+            covered[piece] += positions
+    assert all(sorted(positions) == list(range(start, stop)) for positions in covered)
 
 
 @EXAMPLES
@@ -188,26 +177,6 @@ def test_sizes(case: Numbered) -> None:
     assert spec.replicated == (spec.tp_size > len(pieces))
     assert spec.local_numel == case.local(0).numel()
     assert spec.numel == case.whole.numel()
-
-
-def test_megatrons_qkv_layout() -> None:
-    """Two query groups on a rank, each with 2 query heads, a key and a value head of 3 rows."""
-    parts = interleaved("qkv", 24, (6, 3, 3), ("q", "k", "v"))
-    assert [(p.label, p.rows, p.num_rows) for p in parts] == [
-        ("q", ((0, 6), (12, 18)), 12),
-        ("k", ((6, 9), (18, 21)), 6),
-        ("v", ((9, 12), (21, 24)), 6),
-    ]
-
-
-def test_gate_and_up_under_tensor_parallelism() -> None:
-    """Each TP rank stores [gate; up], so the whole gate is no contiguous block of the gathered parameter."""
-    spec = MatrixSpec("fc1", (4, 2), 2, 0, gated("fc1", 4))
-    case = Numbered(spec)
-    (gate,) = logical_views(spec, 0, case.collected(0))
-    (up,) = logical_views(spec, 1, case.collected(1))
-    assert gate.tolist() == [[0, 1], [2, 3], [8, 9], [10, 11]]
-    assert up.tolist() == [[4, 5], [6, 7], [12, 13], [14, 15]]
 
 
 @pytest.mark.parametrize(
@@ -257,15 +226,33 @@ def test_gate_and_up_under_tensor_parallelism() -> None:
         ),
         (
             {"parts": (Part("q", ((0, 4),), Blocks(0, 3)),)},
-            "w.q: 4 rows on a rank do not divide into blocks of 3",
+            "w.q: 8 rows do not divide into blocks of 3",
         ),
         (
             {"parts": (Part("q", ((0, 4),), Blocks(1, 2)),)},
-            "w.q: 3 columns on a rank do not divide into blocks of 2",
+            "w.q: 3 columns do not divide into blocks of 2",
         ),
         (
             {"parts": (Part("q", ((0, 4),), Blocks(0, 0)),)},
-            "w.q: 4 rows on a rank do not divide into blocks of 0",
+            "w.q: 8 rows do not divide into blocks of 0",
+        ),
+        (
+            {"parts": (Part("q", ((0, 4),), Blocks(0, 8)),), "tp_joined": False},
+            "w.q: 4 rows on a rank do not divide into blocks of 8",
+        ),
+        (
+            {"parts": (Part("q", (), pieces=(((0, 4),),)),)},
+            "w.q: got rows for each of 1 pieces, expected them only for the joined pieces of a parameter split along "
+            "dim 0, of which there are 2",
+        ),
+        (
+            {"parts": (Part("q", (), pieces=(((0, 4),), ((0, 3),))),)},
+            "w: the parts cover 3 rows, expected 4",
+        ),
+        (
+            {"parts": (Part("q", (), pieces=(((0, 4),), ((0, 4),))),), "tp_joined": False},
+            "w.q: got rows for each of 2 pieces, expected them only for the joined pieces of a parameter split along "
+            "dim 0, of which there are 2",
         ),
     ],
 )
@@ -275,18 +262,3 @@ def test_bad_spec(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         MatrixSpec(**{**good, **changes})
     assert str(error.value) == message
-
-
-@pytest.mark.parametrize("sizes", [(4, 2, 1), (0, 5, 5), (-2, 6, 6)])
-def test_pattern_that_does_not_divide(sizes: tuple[int, int, int]) -> None:
-    with pytest.raises(ValueError) as error:
-        interleaved("layers.3.qkv", 20, sizes, ("q", "k", "v"))
-    assert str(error.value) == (
-        f"layers.3.qkv: 20 rows on a rank do not divide into repetitions of {sizes[0]} (q) + {sizes[1]} (k) + "
-        f"{sizes[2]} (v) = {sum(sizes)} rows; check the attention head and query group counts, or switch the split off"
-    )
-
-
-def test_gated_with_odd_rows() -> None:
-    with pytest.raises(ValueError, match=r"^fc1: 7 rows on a rank are not a gate and an up half of equal size$"):
-        gated("fc1", 7)

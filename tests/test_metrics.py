@@ -19,8 +19,8 @@ from megatron_muon.kinds import FILE_NAME, METRICS, by_kind, kind
 from megatron_muon.metrics import spectrum, summarize_ranks
 from tests.checkpoints import EXACT, LR, WEIGHT_DECAY, Whole, assemble, build
 from tests.distributed import run_ranks
+from tests.logical import logical_matrices
 from tests.models import Layout
-from tests.test_exactness import logical_rows
 
 COLLECTIVES = ("all_to_all_single", "all_reduce", "gather_object", "all_gather_object", "broadcast", "all_gather")
 
@@ -69,7 +69,8 @@ def session(rank: int, world_size: int, layout: Layout, settings: dict[str, Any]
     writer, wandb = Writer(), Writer()
     if rank == world_size - 1:
         global_vars._GLOBAL_TENSORBOARD_WRITER, global_vars._GLOBAL_WANDB_WRITER = writer, wandb
-    run = build("moe", layout, muon=replace(EXACT, **settings))
+    muon = replace(EXACT, **settings)
+    run = build("moe", layout, muon=muon)
     if settings.get("log_interval"):
         run.optimizer.metrics.sources.append(lambda: {"max_logit": float(rank)})
     counts = count_collectives()
@@ -80,7 +81,7 @@ def session(rank: int, world_size: int, layout: Layout, settings: dict[str, Any]
         collectives.append({name: counts[name] - before[name] for name in counts})
         pieces.append(run.pieces())
     for place in run.places:
-        places.append((place.name, logical_rows(place, run.chunks[0].config)))
+        places.append((place.name, logical_matrices(place, run.chunks[0].config, muon)))
     stats = [part.optimizer.exchange.stats for part in run.optimizer.chained_optimizers if part.kind == "muon"]
     return dict(
         pieces=pieces,

@@ -21,17 +21,18 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.matrices import MatrixSpec, Part, interleaved, whole
+from megatron_muon.matrices import MatrixSpec, Part, whole
 from megatron_muon.optimizer import ShardedMuon
 from megatron_muon.plan import OwnershipPlan, ShardedMatrix, Slice, build_plan
 from megatron_muon.reference import ReferenceMuon
 from tests.distributed import run_ranks
+from tests.plans import qkv_parts
 
 CPU = torch.device("cpu")
 EXACT = MuonConfig(ns_dtype="fp32", exchange_dtype="fp32", batched=False)
 
 SHAPES: dict[str, tuple[int, int]] = {"a": (8, 6), "b": (5, 9), "qkv": (16, 5), "c": (1, 7)}
-PARTS: dict[str, tuple[Part, ...]] = {"qkv": interleaved("qkv", 16, (4, 2, 2), "qkv")}
+PARTS: dict[str, tuple[Part, ...]] = {"qkv": qkv_parts(16, 4, 2, 2)}
 LOGICAL_ROWS = {"qkv": [[0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 12, 13], [6, 7, 14, 15]]}
 # Parameter groups, and the learning rate and weight decay of each at each step.
 GROUPS = (("a", "qkv"), ("b", "c"))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_muon.assign import Job, Owners, assign
 from megatron_muon.cost_model import ShareCosts
-from megatron_muon.matrices import Blocks, MatrixSpec, Part, gated, interleaved, whole
+from megatron_muon.matrices import Blocks, MatrixSpec, Part, whole
 from megatron_muon.newton_schulz import newton_schulz_flops
 from megatron_muon.plan import (
     CostModel,
@@ -31,7 +31,8 @@ from megatron_muon.plan import (
 )
 from megatron_muon.rounds import Load, make_rounds
 from megatron_muon.shares import collected_strips, max_shares, shares, stored_strips
-from tests.plans import FREE, evenly, sharded
+from megatron_muon.splits import matrix_spec, pattern
+from tests.plans import FREE, evenly, gate_and_up, qkv_parts, sharded
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -39,16 +40,21 @@ quick = settings(max_examples=60, deadline=None, derandomize=True, database=None
 @st.composite
 def matrix_specs(draw: st.DrawFn, name: str, tp: int) -> MatrixSpec:
     """Any spec: whole, gated, interleaved, in blocks of rows or columns, split along either dimension, replicated."""
-    kind = draw(st.sampled_from(["whole", "gated", "qkv", "row blocks", "column blocks"]))
+    kind = draw(st.sampled_from(["whole", "gated", "qkv", "row blocks", "column blocks", "uneven"]))
     rows, cols = draw(st.integers(1, 7)), draw(st.integers(1, 7))
+    if kind == "uneven":
+        # A pattern that goes on from one rank to the next, such as query groups that ranks share.
+        sizes = draw(st.tuples(st.integers(1, 4), st.integers(1, 3)))
+        split = pattern([("q", sizes[0] * tp), ("k", sizes[1] * tp)], cut=draw(st.booleans()))
+        return matrix_spec(name, (sum(sizes), cols), split, tp_size=tp, partition_dim=0)
     parts = whole(rows)
     if kind == "gated":
         rows *= 2
-        parts = gated(name, rows)
+        parts = gate_and_up(rows)
     elif kind == "qkv":
         sizes = draw(st.tuples(st.integers(1, 3), st.integers(1, 2), st.integers(1, 2)))
         rows = sum(sizes) * draw(st.integers(1, 3))
-        parts = interleaved(name, rows, sizes, ("q", "k", "v"))
+        parts = qkv_parts(rows, *sizes)
     elif kind == "row blocks":
         size = draw(st.integers(1, 3))
         rows *= size
@@ -97,8 +103,8 @@ def numbered(matrices: list[ShardedMatrix]) -> list[Tensor]:
 
 def joined(spec: MatrixSpec, part: int, pieces: Tensor) -> Tensor:
     """The joined matrix of a part by indexing alone, independent of offsets and strips."""
-    rows = [row for start, stop in spec.parts[part].rows for row in range(start, stop)]
-    selected = [piece[rows] for piece in pieces]
+    rows = [[row for r in spec.parts[part].rows_in(i) for row in range(*r)] for i in range(len(pieces))]
+    selected = [piece[own] for piece, own in zip(pieces, rows)]
     return torch.cat(selected, dim=spec.partition_dim) if spec.partition_dim is not None else selected[0]
 
 
@@ -413,8 +419,8 @@ def llama_405b_stage() -> list[MatrixSpec]:
         rows = (128 + 16) * 128 // tp
         out += [
             MatrixSpec(f"{layer}.fc2", (h, ffn // tp), tp, 1, whole(h)),
-            MatrixSpec(f"{layer}.fc1", (2 * ffn // tp, h), tp, 0, gated("fc1", 2 * ffn // tp)),
-            MatrixSpec(f"{layer}.qkv", (rows, h), tp, 0, interleaved("qkv", rows, (2048, 128, 128), ("q", "k", "v"))),
+            MatrixSpec(f"{layer}.fc1", (2 * ffn // tp, h), tp, 0, gate_and_up(2 * ffn // tp)),
+            MatrixSpec(f"{layer}.qkv", (rows, h), tp, 0, qkv_parts(rows, 2048, 128, 128)),
             MatrixSpec(f"{layer}.proj", (h, h // tp), tp, 1, whole(h)),
         ]
     return out
@@ -435,7 +441,7 @@ def kimi_k2_stage() -> list[MatrixSpec]:
         out += [MatrixSpec(f"{layer}.{name}", shape, 1, None, whole(shape[0])) for name, shape in shapes.items()]
         for expert in range(385):
             out.append(MatrixSpec(f"{layer}.{expert}.fc2", (7168, 2048), 1, None, whole(7168)))
-            out.append(MatrixSpec(f"{layer}.{expert}.fc1", (4096, 7168), 1, None, gated("fc1", 4096)))
+            out.append(MatrixSpec(f"{layer}.{expert}.fc1", (4096, 7168), 1, None, gate_and_up(4096)))
     return out
 
 

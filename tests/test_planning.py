@@ -33,6 +33,7 @@ from megatron_muon.planning.schemes import Settings, distributed_muon, layer_wis
 from megatron_muon.planning.shapes import load_model, model_from_shapes
 from megatron_muon.planning.stages import Layout, grids, split_layers, stage_specs
 from megatron_muon.planning.table import plan_table, reference_layout
+from megatron_muon.splits import FusedQkv
 from tests.distributed import run_ranks
 from tests.models import Layout as RunLayout
 
@@ -90,7 +91,7 @@ def test_hugging_face_defaults() -> None:
     }
     model = model_from_config("old", config, "test")
     qkv = model.layers[0][1]
-    assert (qkv.rows, qkv.cols, qkv.pattern) == (3 * 64, 64, (("q", 16), ("k", 16), ("v", 16)))
+    assert (qkv.rows, qkv.cols, qkv.kind) == (3 * 64, 64, FusedQkv.of_heads(1, 16))
     assert model.other_numel == 2 * 64 + 64 + 2 * 10 * 64 + (3 * 64 + 64)
 
 
@@ -359,7 +360,7 @@ def test_upstreams_slowest_rank(
 ) -> None:
     """Newton-Schulz of upstream's slowest rank over the ideal: the standard iteration on fused weights, dense alone."""
     layout = Layout(**sizes)
-    settings = Settings(muon=MuonConfig(split_qkv=False, split_gated=False))
+    settings = Settings(muon=MuonConfig(qkv_split="none", split_gated=False))
     dense, _ = stage_specs(load_model(model).layers[layers], layout, settings.muon)
     flops = [newton_schulz_flops(*s.logical_shape(0)[1:], 5, "standard") for s in dense]
     bucket_size = default_bucket_size(layout.dp) if bucketed else None

@@ -73,7 +73,7 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["gpt-5"], "no built-in model; expected one of moonlight-16b"),
         (["llama3-8b", "--dp", "0"], "dp: got 0, expected a positive integer"),
-        (["llama3-8b", "--tp", "16"], "8 query groups do not divide over tensor-parallel size 16"),
+        (["llama3-8b", "--qkv-split", "heads"], "qkv_split: got 'heads'"),
         (["moonlight-16b", "--tp", "3"], "16 attention heads do not divide over tensor-parallel size 3"),
         (["moonlight-16b", "--dp", "48", "--ep", "48"], "a divisor of moonlight-16b's 64 experts"),
         (["moonlight-16b", "--dp", "4", "--ep", "8"], "ep x etp: got 8 x 1, expected a divisor of dp x tp = 4 x 1"),

@@ -69,7 +69,7 @@ def test_router_can_opt_out() -> None:
 
 
 def test_splits_can_be_switched_off() -> None:
-    found = run_ranks(routed, 1, "moe", replace(MUON, split_qkv=False, split_gated=False))[0]
+    found = run_ranks(routed, 1, "moe", replace(MUON, qkv_split="none", split_gated=False))[0]
     assert found["decoder.layers.0.self_attention.linear_qkv.weight"][1] == [("", 1, 64, 32)]
     assert found["decoder.layers.0.mlp.linear_fc1.weight"][1] == [("", 1, 96, 32)]
 
@@ -123,7 +123,7 @@ def refuse(rank: int, world_size: int, case: str) -> None:
         tag_parameters(chunks, muon)
     if case == "plans differ" and rank == 1:
         # As if this rank had been started with another flag.
-        muon = replace(muon, split_qkv=False)
+        muon = replace(muon, qkv_split="none")
     if case == "qkv":
         attention: Any = chunks[0].decoder.layers[0].self_attention  # type: ignore[union-attr]
         attention.config.kv_channels = 5

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_muon import team as team_module
 from megatron_muon.config import MuonConfig
 from megatron_muon.lockstep import Talk
-from megatron_muon.matrices import Blocks, MatrixSpec, Part, gated, interleaved, whole
+from megatron_muon.matrices import Blocks, MatrixSpec, Part, whole
 from megatron_muon.newton_schulz import CoefficientSet, coefficients, orthogonalize, scaling_for
 from megatron_muon.optimizer import MOMENTUM, ShardedMuon
 from megatron_muon.plan import Method, OwnershipPlan, PlanOptions, build_plan
@@ -25,7 +25,7 @@ from megatron_muon.shares import max_shares
 from megatron_muon.team import Seat, block_bounds, orthogonalize_band
 from tests.distributed import run_ranks
 from tests.models import normal
-from tests.plans import FREE, evenly
+from tests.plans import FREE, evenly, gate_and_up, qkv_parts
 
 SCHEDULE = coefficients("keller", 5)
 STEPS_OF = {"deepseek_v4": 10, "aol": 4}
@@ -208,8 +208,8 @@ def specs(tp: int) -> list[MatrixSpec]:
         MatrixSpec("columns", (11, 13), tp, 1 if tp > 1 else None, whole(11)),
         MatrixSpec("wide columns", (5, 17), tp, 1 if tp > 1 else None, whole(5)),
         MatrixSpec("copies", (23, 7), tp, None, whole(23)),
-        MatrixSpec("qkv", (24, 10), tp, 0 if tp > 1 else None, interleaved("qkv", 24, (6, 3, 3), ("q", "k", "v"))),
-        MatrixSpec("fc1", (14, 9), tp, 0 if tp > 1 else None, gated("fc1", 14)),
+        MatrixSpec("qkv", (24, 10), tp, 0 if tp > 1 else None, qkv_parts(24, 6, 3, 3)),
+        MatrixSpec("fc1", (14, 9), tp, 0 if tp > 1 else None, gate_and_up(14)),
         MatrixSpec("heads", (12, 10), tp, 0 if tp > 1 else None, (Part("", ((0, 12),), Blocks(0, 3)),)),
         MatrixSpec("column blocks", (6, 12), tp, 0 if tp > 1 else None, (Part("", ((0, 6),), Blocks(1, 4)),)),
     ]

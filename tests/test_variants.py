@@ -12,15 +12,17 @@ from torch import Tensor
 
 from megatron_muon.config import MuonConfig, scale_factor
 from megatron_muon.elements import SliceElements, logical_matrices
-from megatron_muon.matrices import Blocks, MatrixSpec, Part, interleaved, whole
+from megatron_muon.matrices import Blocks, MatrixSpec, Part, whole
 from megatron_muon.muon import apply_updates, momentum_update
 from megatron_muon.reference_variants import ReferenceVariants
 from megatron_muon.rounding import random_bits, stochastic_bf16, stream
 from megatron_muon.second_moment import Piece, divide, norm_bits
 from megatron_muon.shares import logical_views
+from megatron_muon.splits import matrix_spec, pattern
 from tests.distributed import run_ranks
 from tests.models import Layout, initialize, make_chunks, optimizer_config, places, wrap
 from tests.models import normal as model_normal
+from tests.plans import qkv_parts
 
 CPU = torch.device("cpu")
 FP32 = MuonConfig(ns_dtype="fp32", exchange_dtype="fp32", batched=False)
@@ -37,10 +39,12 @@ SPECS = [
     MatrixSpec("rows", (5, 7), 2, 0, whole(5)),
     MatrixSpec("columns", (9, 4), 2, 1, whole(9)),
     MatrixSpec("copies", (6, 3), 2, None, whole(6)),
-    MatrixSpec("qkv", (8, 5), 2, 0, interleaved("qkv", 8, (2, 1, 1), ("q", "k", "v"))),
+    MatrixSpec("qkv", (8, 5), 2, 0, qkv_parts(8, 2, 1, 1)),
     MatrixSpec("heads", (6, 4), 2, 0, (Part("", ((0, 6),), Blocks(0, 3)),)),
     MatrixSpec("column blocks", (2, 6), 2, 0, (Part("", ((0, 2),), Blocks(1, 3)),)),
     MatrixSpec("pieces", (8, 3), 2, 1, whole(8), tp_joined=False),
+    # q has three rows on the first rank and one on the second, which has all of k.
+    matrix_spec("uneven", (3, 5), pattern([("q", 4), ("k", 2)]), tp_size=2, partition_dim=0),
 ]
 
 
@@ -68,9 +72,13 @@ def test_elements_know_their_place(spec: MatrixSpec) -> None:
         expected = torch.empty(spec.shape, dtype=torch.int64)
         parts = torch.empty(spec.shape, dtype=torch.int64)
         for index, part in enumerate(spec.parts):
-            rows = [row for start, stop in part.rows for row in range(start, stop)]
+            ranges = part.pieces[piece] if part.pieces else part.rows
+            rows = [row for start, stop in ranges for row in range(start, stop)]
             own = joined[index]
-            if spec.partition_dim is not None:
+            if part.pieces:
+                sizes = [sum(stop - start for start, stop in of_piece) for of_piece in part.pieces]
+                own = own.split(sizes)[piece]
+            elif spec.partition_dim is not None:
                 own = own.chunk(spec.tp_size, dim=spec.partition_dim)[piece]
             expected[rows], parts[rows] = own, index
         for start, stop in ((0, spec.local_numel), (4, 11), (spec.local_numel - 5, spec.local_numel)):

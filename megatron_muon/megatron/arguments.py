@@ -19,6 +19,7 @@ from typing import Any, get_args, get_type_hints
 from megatron_muon.config import PRESETS, MuonConfig, Preset
 from megatron_muon.megatron.checks import check_arguments, check_mup
 from megatron_muon.newton_schulz import ALIASES
+from megatron_muon.split_file import load_split_rows
 
 GROUP_TITLE = "distributed muon"
 DEFAULT_PRESET: Preset = "moonlight"
@@ -97,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> ParserChanges:
         if other is not None:
             changes.adopt(other, text=f"as {option}")
     # Megatron's flags that are no setting here: `config_from_args` translates or refuses them.
-    for dest in ("muon_fp32_matmul_prec", "muon_scalar_optimizer"):
+    for dest in ("muon_fp32_matmul_prec", "muon_scalar_optimizer", "muon_split_qkv"):
         if dest in actions:
             changes.adopt(actions[dest])
     _repair_help(parser)
@@ -148,8 +149,8 @@ def apply(args: argparse.Namespace, changes: ParserChanges, *, cpu: bool = False
         The settings, or None without `--distributed-muon`.
 
     Raises:
-        ValueError: If a value is bad, flags contradict each other, or flags of this package are given without
-            `--distributed-muon`.
+        ValueError: If a value is bad, --muon-splits names a bad file, flags contradict each other, or flags of this
+            package are given without `--distributed-muon`.
         NotImplementedError: If something is asked for that Distributed Muon does not support.
     """
     if not args.distributed_muon:
@@ -164,6 +165,8 @@ def apply(args: argparse.Namespace, changes: ParserChanges, *, cpu: bool = False
             setattr(args, f"muon_{name}", value)
     config = config_from_args(args)
     check_mup(getattr(args, "use_mup", False), config.scale_mode)
+    if config.splits:
+        load_split_rows(config.splits)  # bad rows are told before anything starts
     _write_back(args, config)
     return config
 
@@ -224,6 +227,11 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
                 f"--muon-ns-dtype: got {given['ns_dtype']!r}, expected {' or '.join(dtypes)}, which is what "
                 f"--muon-fp32-matmul-prec {precision} means; give only one of the two"
             )
+    if getattr(args, "muon_split_qkv", None) is False and given.setdefault("qkv_split", "none") != "none":
+        raise ValueError(
+            f"--muon-qkv-split: got {given['qkv_split']!r}, expected 'none', which is what --muon-no-split-qkv means; "
+            "give only one of the two"
+        )
     if "tp_mode" in given:
         given["tp_mode"] = _TP_MODES.get(given["tp_mode"], given["tp_mode"])
     return given
@@ -255,6 +263,7 @@ def _write_back(args: argparse.Namespace, config: MuonConfig) -> None:
             setattr(args, _MEGATRON_SPELLINGS[name], value)
     args.muon_preset = args.muon_preset or DEFAULT_PRESET
     args.muon_scalar_optimizer = "adam"
+    args.muon_split_qkv = config.qkv_split != "none"
     args.muon_fp32_matmul_prec = next(p for p in ("medium", "high") if config.ns_dtype in _MATMUL_DTYPES[p])
 
 

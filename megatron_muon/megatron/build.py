@@ -29,9 +29,11 @@ from megatron_muon.megatron.distributed import (
     plan_options,
 )
 from megatron_muon.megatron.fp8 import gather_problem
-from megatron_muon.megatron.identity import whole_model_names
+from megatron_muon.megatron.identity import NamedParameter, named_parameters, whole_model_names
+from megatron_muon.megatron.parameter_table import Line, adam_lines, log_parameters, muon_lines
 from megatron_muon.megatron.qk_clip import make_qk_clip
-from megatron_muon.megatron.routing import TAG, NamedParameter, matrix_spec, named_parameters, uses_muon
+from megatron_muon.megatron.routing import TAG, matrix_spec, uses_muon
+from megatron_muon.megatron.split_checks import check_splits
 from megatron_muon.optimizer import ShardedMuon
 from megatron_muon.plan import OwnershipPlan, fewest_idle, largest_matrix_flops
 
@@ -117,6 +119,7 @@ class _Builder:
         self.names = whole_model_names(chunks)
 
     def build(self) -> list[Any]:
+        check_splits(self.entries, self.muon, lambda expert: dist.get_world_size(self._tp_group(expert)))
         present = _present_anywhere([self._selected(expert, is_muon) for expert, is_muon in _KINDS])
         built: dict[tuple[bool, bool], Any] = {kind: self._adam(kind[0]) for kind in sorted(present) if not kind[1]}
         muons = sorted(expert for expert, is_muon in present if is_muon)
@@ -128,7 +131,20 @@ class _Builder:
         order = sorted(muons, key=lambda expert: self._largest_flops(expert, specs[expert]), reverse=True)
         for expert, plan in self._plans({expert: built[expert, True] for expert in order}).items():
             built[expert, True].bind(plan)
+        if self.muon.log_params:
+            self._log_parameters(built)
         return [built[kind] for kind in _KINDS if kind in built]
+
+    def _log_parameters(self, built: dict[tuple[bool, bool], Any]) -> None:
+        """Prints the table of all parameters; each is described by the first rank of those that share it."""
+        lines: list[Line] = []
+        for (expert, is_muon), optimizer in built.items():
+            data_parallel = self._wrapper_arguments(expert, is_muon)["data_parallel_group"]
+            if self.instance_id or dist.get_rank(data_parallel) or dist.get_rank(self._tp_group(expert)):
+                continue
+            own = self._selected(expert, is_muon)
+            lines += muon_lines(own, self.muon, optimizer) if is_muon else adam_lines(own, self.muon)
+        log_parameters(lines)
 
     def _selected(self, expert: bool, is_muon: bool) -> list[NamedParameter]:
         return [

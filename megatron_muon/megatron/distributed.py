@@ -26,7 +26,7 @@ from megatron_muon.plan import CostModel, OwnershipPlan, PlanOptions, ShardedMat
 
 # What says how a run began, or what it logs, does not change how it goes on.
 _NOT_IN_CHECKPOINTS = frozenset(
-    {"init_from_adamw", "log_interval", "metrics_dir", "profile", "profile_dir", "profile_links"}
+    {"init_from_adamw", "log_interval", "log_params", "metrics_dir", "profile", "profile_dir", "profile_links"}
 )
 
 

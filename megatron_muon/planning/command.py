@@ -51,8 +51,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     muon.add_argument("--ns-steps", type=int, default=None, help="Newton-Schulz iterations")
     muon.add_argument("--exchange-dtype", default=None, help="bf16 (default) or fp32")
     muon.add_argument("--router", default=None, help="muon (default) or adam")
+    muon.add_argument("--qkv-split", default=None, help="fused QKV weights: none, qkv (default), group or head")
+    muon.add_argument("--mla-split", default=None, help="MLA's weights: none (default), part or head")
     muon.add_argument("--balance", default=None, help="time (default): teams' messages count; or flops alone")
-    muon.add_argument("--no-split-qkv", action="store_true", help="orthogonalize fused QKV weights as one matrix")
     muon.add_argument("--no-split-gated", action="store_true", help="orthogonalize gate and up as one matrix")
     megatron = parser.add_argument_group("Megatron")
     megatron.add_argument("--transformer-impl", default="transformer_engine", help="transformer_engine or local")
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
             from megatron_muon.planning.plot import plot_load
 
             plot_load(plan, args.plot)
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         print(f"megatron_muon {NAME}: {error}", file=sys.stderr)
         return 2
     _print(plan, as_json=args.json)
@@ -98,9 +99,9 @@ def _plan(args: argparse.Namespace) -> ModelPlan:
     from megatron_muon.planning.shapes import load_model
     from megatron_muon.planning.stages import Layout
 
-    given = {name: getattr(args, name) for name in ("ns_steps", "exchange_dtype", "router", "balance")}
+    flags = ("ns_steps", "exchange_dtype", "router", "qkv_split", "mla_split", "balance")
+    given = {name: getattr(args, name) for name in flags}
     muon = MuonConfig(
-        split_qkv=not args.no_split_qkv,
         split_gated=not args.no_split_gated,
         **{name: value for name, value in given.items() if value is not None},
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_muon.planning.models import Layer, MatrixShape, Model
+from megatron_muon.splits import WHOLE, FusedQkv, GatedMlp, Kind, LatentDown, LatentOutput, LatentUp
 
 
 class _Config:
@@ -73,11 +74,11 @@ def _grouped_attention(config: _Config, *, head_norms: bool) -> tuple[Layer, int
         raise ValueError(
             f"{config.name}: num_attention_heads={heads} do not divide into num_key_value_heads={groups} groups"
         )
-    pattern = (("q", heads // groups * dim), ("k", dim), ("v", dim))
-    period = sum(size for _, size in pattern)
+    kind = FusedQkv.of_heads(heads // groups, dim)
+    period = sum(size for _, size in kind.sizes)
     matrices = (
         MatrixShape("self_attention.linear_proj", hidden, heads * dim, 1, dim, "attention heads"),
-        MatrixShape("self_attention.linear_qkv", groups * period, hidden, 0, period, "query groups", pattern),
+        MatrixShape("self_attention.linear_qkv", groups * period, hidden, 0, period, "query groups", kind),
     )
     biases = 0
     if config.get("attention_bias", False):
@@ -90,28 +91,30 @@ def _latent_attention(config: _Config) -> tuple[Layer, int]:
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     nope, rope = config.size("qk_nope_head_dim"), config.size("qk_rope_head_dim")
     value, kv_rank, q_rank = config.size("v_head_dim"), config.size("kv_lora_rank"), config.count("q_lora_rank")
-    query = nope + rope
+    query, key_value = LatentUp((("q_nope", nope), ("q_rope", rope))), LatentUp((("k_nope", nope), ("v", value)))
 
-    def down(name: str, rows: int) -> MatrixShape:
-        return MatrixShape(f"self_attention.{name}", rows, hidden, 0, whole_in_te=True)
+    def down(name: str, rows: int, kind: Kind = WHOLE) -> MatrixShape:
+        return MatrixShape(f"self_attention.{name}", rows, hidden, 0, kind=kind, whole_in_te=True)
 
-    def by_heads(name: str, rows_per_head: int, cols: int) -> MatrixShape:
-        return MatrixShape(f"self_attention.{name}", heads * rows_per_head, cols, 0, rows_per_head, "attention heads")
+    def by_heads(name: str, kind: LatentUp, cols: int) -> MatrixShape:
+        head = sum(size for _, size in kind.sizes)
+        return MatrixShape(f"self_attention.{name}", heads * head, cols, 0, head, "attention heads", kind)
 
-    matrices = [MatrixShape("self_attention.linear_proj", hidden, heads * value, 1, value, "attention heads")]
+    output = LatentOutput(value)
+    matrices = [MatrixShape("self_attention.linear_proj", hidden, heads * value, 1, value, "attention heads", output)]
     if q_rank:
         matrices.append(down("linear_q_down_proj", q_rank))
         matrices.append(by_heads("linear_q_up_proj", query, q_rank))
     else:
         matrices.append(by_heads("linear_q_proj", query, hidden))
-    matrices.append(down("linear_kv_down_proj", kv_rank + rope))
-    matrices.append(by_heads("linear_kv_up_proj", nope + value, kv_rank))
+    matrices.append(down("linear_kv_down_proj", kv_rank + rope, LatentDown(kv_rank, rope)))
+    matrices.append(by_heads("linear_kv_up_proj", key_value, kv_rank))
     return tuple(matrices), q_rank + kv_rank
 
 
 def _gated_mlp(prefix: str, hidden: int, ffn: int, experts: int = 0) -> Layer:
     return (
-        MatrixShape(f"{prefix}.linear_fc1", 2 * ffn, hidden, 0, 2, "FFN channels", gated=True, experts=experts),
+        MatrixShape(f"{prefix}.linear_fc1", 2 * ffn, hidden, 0, 2, "FFN channels", GatedMlp(), experts=experts),
         MatrixShape(f"{prefix}.linear_fc2", hidden, ffn, 1, 1, "FFN channels", experts=experts),
     )
 

@@ -8,6 +8,8 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
+from megatron_muon.splits import WHOLE, Kind
+
 
 @dataclass(frozen=True)
 class MatrixShape:
@@ -20,8 +22,7 @@ class MatrixShape:
         tp_dim: Dimension that tensor parallelism splits; None if every tensor-parallel rank stores all of it.
         unit: Rows (or columns) that must stay on one tensor-parallel rank: a head, a query group.
         unit_name: What `unit` is, for messages.
-        pattern: Labels and rows of the parts that repeat in a fused weight (Q, K, V of each query group).
-        gated: The weight is [gate; up] of a gated MLP.
+        kind: How it is made of logical matrices.
         router: An MoE router's weight.
         whole_in_te: Transformer Engine's module keeps it whole on every tensor-parallel rank in spite of `tp_dim`.
         experts: Number of such matrices in the layer, one per routed expert; 0 if it is no expert's.
@@ -33,8 +34,7 @@ class MatrixShape:
     tp_dim: int | None
     unit: int = 1
     unit_name: str = "rows"
-    pattern: tuple[tuple[str, int], ...] = ()
-    gated: bool = False
+    kind: Kind = WHOLE
     router: bool = False
     whole_in_te: bool = False
     experts: int = 0

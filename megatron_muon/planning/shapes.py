@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_muon.planning.huggingface import model_from_config
 from megatron_muon.planning.models import BUILT_IN, Layer, MatrixShape, Model
+from megatron_muon.splits import WHOLE, FusedQkv, GatedMlp, Kind
 
 _SPLITS: Mapping[str | None, int | None] = {"rows": 0, "columns": 1, "none": None, None: None}
 _MATRIX_KEYS = {"name", "shape", "split", "unit", "parts", "gated", "router", "experts"}
@@ -114,6 +116,10 @@ def _matrix(where: str, content: Any) -> MatrixShape:
     gated = _flag(where, content, "gated")
     if gated and pattern:
         raise ValueError(f"{where}: got parts and gated, expected one or the other")
+    kind: Kind = GatedMlp() if gated else WHOLE
+    if pattern:
+        # A head has as many rows as the smallest part, or divides all parts alike.
+        kind = FusedQkv(pattern, math.gcd(*parts.values()))
     period = sum(rows for _, rows in pattern) or (2 if gated else 1)
     return MatrixShape(
         name=name,
@@ -122,8 +128,7 @@ def _matrix(where: str, content: Any) -> MatrixShape:
         tp_dim=_SPLITS[split],
         unit=_size(where, content, "unit", period),
         unit_name=f"units of {period}" if period > 1 else "rows or columns",
-        pattern=pattern,
-        gated=gated,
+        kind=kind,
         router=_flag(where, content, "router"),
         experts=_size(where, content, "experts", 1) if content.get("experts") else 0,
     )

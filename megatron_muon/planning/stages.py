@@ -8,8 +8,9 @@ from itertools import groupby
 from typing import Literal, get_args
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.matrices import MatrixSpec, Part, gated, interleaved, whole
+from megatron_muon.matrices import MatrixSpec
 from megatron_muon.planning.models import Layer, MatrixShape, Model
+from megatron_muon.splits import FusedQkv, matrix_spec
 
 TransformerImpl = Literal["transformer_engine", "local"]
 
@@ -219,21 +220,20 @@ def _local_spec(name: str, shape: MatrixShape, tp: int, config: MuonConfig, impl
         dim = None
     if dim is not None:
         extent = (rows, cols)[dim]
-        # Without the split into Q, K and V, Megatron lets tensor-parallel ranks share a query group.
-        unit = 1 if shape.pattern and not config.split_qkv else shape.unit
-        if extent % (unit * tp):
+        units = extent // shape.unit
+        # Megatron lets several tensor-parallel ranks share a query group, as many each.
+        shared = isinstance(shape.kind, FusedQkv) and tp % units == 0 and extent % tp == 0
+        if extent % (shape.unit * tp) and not shared:
             raise ValueError(
-                f"{name}: {extent // shape.unit} {shape.unit_name} do not divide over tensor-parallel size {tp}; "
-                f"choose a divisor{', or switch the QKV split off' if shape.pattern else ''}"
+                f"{name}: {units} {shape.unit_name} do not divide over tensor-parallel size {tp}; choose a divisor"
+                f"{' or a multiple' if isinstance(shape.kind, FusedQkv) else ''}"
             )
         rows, cols = (rows // tp, cols) if dim == 0 else (rows, cols // tp)
-    return MatrixSpec(name, (rows, cols), tp, dim, _parts(name, shape, rows, config), config.tp_mode == "exact")
-
-
-def _parts(name: str, shape: MatrixShape, rows: int, config: MuonConfig) -> tuple[Part, ...]:
-    if shape.pattern and config.split_qkv:
-        labels, sizes = zip(*shape.pattern, strict=True)
-        return interleaved(name, rows, sizes, labels)
-    if shape.gated and config.split_gated:
-        return gated(name, rows)
-    return whole(rows)
+    return matrix_spec(
+        name,
+        (rows, cols),
+        shape.kind.split(config),
+        tp_size=tp,
+        partition_dim=dim,
+        tp_joined=config.tp_mode == "exact",
+    )

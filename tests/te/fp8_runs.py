@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from megatron_muon.config import MuonConfig
 from megatron_muon.reference import ReferenceMuon
 from tests.checkpoints import EXACT, LR, WEIGHT_DECAY, Run, Whole, build, spoil
+from tests.logical import is_muons, logical_matrices
 from tests.models import Layout, Place, initial_value, make_config
-from tests.test_exactness import gradient, is_muons, logical_rows
+from tests.test_exactness import gradient
 
 Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 MODEL = "te-moe"
@@ -79,9 +80,9 @@ def initial_matrix(place: Place) -> Tensor:
 
 def oracle_of(run: Run, muon: MuonConfig = EXACT) -> ReferenceMuon:
     """The oracle after this run's steps, on whole matrices of this rank's model."""
-    places = [place for place in run.places if is_muons(place) and place.parameter.requires_grad]
+    places = [place for place in run.places if is_muons(place, muon) and place.parameter.requires_grad]
     config = make_config(MODEL, run.layout, torch.bfloat16)
-    rows = {place.name: found for place in places if (found := logical_rows(place, config)) is not None}
+    rows = {place.name: found for place in places if (found := logical_matrices(place, config, muon)) is not None}
     whole = {place.name: initial_matrix(place) for place in places}
     oracle = ReferenceMuon(whole, rows, muon)
     for step in range(run.step):
@@ -287,7 +288,7 @@ def adam_differences(run: Run) -> tuple[int, float]:
     Returns:
         The slices compared, and the largest difference, in units of each parameter's largest value.
     """
-    places = [place for place in run.places if not is_muons(place)]
+    places = [place for place in run.places if not is_muons(place, EXACT)]
     whole = {place.name: nn.Parameter(initial_matrix(place)) for place in places}
     config = run.optimizer.config
     adam = torch.optim.AdamW(
