@@ -4,8 +4,10 @@
     python examples/demo.py
 
 Both runs have the same initial weights, data, order, schedule, learning rate and weight decay; 4 ranks on this
-machine's CPU, TP2 x EP2 x DP2, bf16 with fp32 main parameters, through `megatron.training.pretrain`. What it leaves in
-runs/demo: report.json, loss.csv, loss.png, tensorboard/ and each rank's logs. Parts of it:
+machine's CPU, TP2 x EP2 x DP2, bf16 with fp32 main parameters, through `megatron.training.pretrain`. The Muon run saves
+a checkpoint shortly before its end; a third run resumes it at TP1 x EP4, and its losses are compared with those of the
+run that was not interrupted. What it leaves in runs/demo: report.json, loss.csv, loss.png, checkpoint/, tensorboard/
+and each rank's logs. Parts of it:
 
     python examples/demo.py --only adamw --lr 4e-3 --out runs/adamw-4e-3
     python examples/demo.py --steps 20 --out runs/smoke
@@ -43,6 +45,17 @@ SEQUENCE_LENGTH = 256
 VALIDATION_BATCH = 64
 STEPS_PER_EVALUATION = 10
 RUNS = {"adamw": [], "muon": ["--distributed-muon", "--muon-ns-dtype", "fp32"]}
+
+# The run that goes on from the Muon run's checkpoint, and what its layout changes.
+RESUMED = "resumed"
+RESUMED_STEPS = 10
+LAYOUTS = ("TP2 x EP2 x DP2", "TP1 x EP4 x DP4")
+RESUMED_LAYOUT = {
+    "--tensor-model-parallel-size": 1,
+    "--expert-model-parallel-size": RANKS,
+    "--micro-batch-size": GLOBAL_BATCH // RANKS,
+    "--eval-micro-batch-size": VALIDATION_BATCH // RANKS,
+}
 
 # The same for both optimizers; README.md has the losses at other rates.
 LEARNING_RATE = 8e-3
@@ -101,6 +114,30 @@ def training_flags(run: str, *, steps: int, lr: float, corpus: Path, tensorboard
     }
     switches = ["--no-create-attention-mask-in-dataloader", "--log-timers-to-tensorboard"]
     return [*model_flags(), *(str(word) for flag in flags.items() for word in flag), *switches, *RUNS[run]]
+
+
+def saved_step(steps: int) -> int:
+    """After which step of `steps` the Muon run is saved to be resumed."""
+    return steps - min(RESUMED_STEPS, steps // 2)
+
+
+def saving_flags(steps: int, checkpoint: Path) -> list[str]:
+    """What makes a run save a checkpoint that any layout can load."""
+    interval = ["--save-interval", str(saved_step(steps)), "--ckpt-format", "torch_dist"]
+    return ["--save", str(checkpoint), *interval, "--dist-ckpt-optim-fully-reshardable"]
+
+
+def resuming_flags(flags: Sequence[str], steps: int, checkpoint: Path, tensorboard: Path) -> list[str]:
+    """The flags of a run that goes on from a checkpoint at another layout. Where a flag repeats, the last one counts.
+
+    Args:
+        flags: The run's that is saved, without `saving_flags`.
+        steps: Its training steps.
+        checkpoint: Where it saves.
+        tensorboard: Where to log.
+    """
+    load = {"--load": checkpoint, "--ckpt-step": saved_step(steps), "--tensorboard-dir": tensorboard}
+    return [*flags, *(str(word) for flag in {**RESUMED_LAYOUT, **load}.items() for word in flag)]
 
 
 def command(flags: Sequence[str], logs: Path) -> list[str]:
@@ -193,7 +230,7 @@ def train(run: str, flags: Sequence[str], out: Path, progress: Progress, task: T
                 evaluated = len(log.validation_loss)
                 step = max(log.validation_loss)
                 loss = log.validation_loss[step]
-                progress.console.print(f"{demo_report.LABELS[run]:<6} step {step:>4}  validation loss {loss:.3f}")
+                progress.console.print(f"{demo_report.LABELS[run]:<7} step {step:>4}  validation loss {loss:.3f}")
     finally:
         stop(process)
     if process.returncode != 0:
@@ -217,18 +254,21 @@ def show(log: demo_report.RunLog, progress: Progress, task: TaskID) -> None:
 
 
 def run_demo(runs: Sequence[str], steps: int, lr: float, out: Path, console: Console) -> None:
-    """Prepares the corpus, trains, writes the report and shows its table.
+    """Prepares the corpus, trains, resumes the Muon run at another layout, writes the report and shows its table.
 
     Raises:
         ValueError: If `steps` or `lr` is out of range.
-        RunFailed: If a training run exits with an error.
+        RunFailed: If a training run exits with an error, or the resumed run did not go on where it should.
     """
-    corpus = out / "corpus"
+    corpus, checkpoint = out / "corpus", out / "checkpoint"
     flags = {
         run: training_flags(run, steps=steps, lr=lr, corpus=corpus, tensorboard=out / "tensorboard" / run)
         for run in runs
     }
-    for stale in (corpus, out / "tensorboard", out / "logs"):
+    if "muon" in flags:
+        flags[RESUMED] = resuming_flags(flags["muon"], steps, checkpoint, out / "tensorboard" / RESUMED)
+        flags["muon"] += saving_flags(steps, checkpoint)
+    for stale in (corpus, checkpoint, out / "tensorboard", out / "logs"):
         shutil.rmtree(stale, ignore_errors=True)
     with console.status("Preparing the corpus"):
         splits = prepare_corpus(corpus)
@@ -249,14 +289,15 @@ def run_demo(runs: Sequence[str], steps: int, lr: float, out: Path, console: Con
     logs = {}
     with Progress(*columns, console=console) as progress:
         tasks = {
-            run: progress.add_task(f"{demo_report.LABELS[run]:<6}", total=steps, start=False, status="waiting")
-            for run in runs
+            run: progress.add_task(f"{demo_report.LABELS[run]:<7}", total=steps, start=False, status="waiting")
+            for run in flags
         }
         for run, task in tasks.items():
             progress.start_task(task)
             progress.update(task, status="starting")
             logs[run] = train(run, flags[run], out, progress, task)
 
+    resumed = logs.pop(RESUMED, None)
     setup = {
         "steps": steps,
         "tokens_per_step": GLOBAL_BATCH * SEQUENCE_LENGTH,
@@ -270,7 +311,14 @@ def run_demo(runs: Sequence[str], steps: int, lr: float, out: Path, console: Con
         },
         "training_s": round(time.monotonic() - started, 1),
     }
+    if resumed is not None:
+        try:
+            setup["resumed"] = demo_report.continuation(logs["muon"], resumed, saved_step(steps))
+        except ValueError as error:
+            raise RunFailed(f"{error}; its logs: {out / 'logs' / RESUMED}") from None
     console.print(demo_report.write_report(out, logs, setup))
+    if resumed is not None:
+        console.print(demo_report.told(setup["resumed"], *LAYOUTS), highlight=False)
     console.print(f"{setup['training_s']:.0f} s of training. Report, curves and TensorBoard files: {out}")
 
 

@@ -23,7 +23,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
     EventAccumulator,
 )
 
-LABELS = {"adamw": "AdamW", "muon": "Muon"}
+LABELS = {"adamw": "AdamW", "muon": "Muon", "resumed": "resumed"}
 COLORS = {"adamw": "tab:gray", "muon": "tab:red"}
 
 # Megatron's timers of the first step run on into the second, and both allocate state.
@@ -119,6 +119,45 @@ def steps_to_reach(curve: Mapping[int, float], target: float) -> float | None:
             return before[0] + (step - before[0]) * (before[1] - target) / (before[1] - loss)
         before = step, loss
     return None
+
+
+def continuation(whole: RunLog, resumed: RunLog, saved_step: int) -> dict[str, Any]:
+    """Compares the training losses of a resumed run with those of the run that went on.
+
+    Args:
+        whole: The run that was saved and went on.
+        resumed: The run that loaded the checkpoint.
+        saved_step: The step after which it was saved.
+
+    Returns:
+        `saved_step`; `steps`, those after it; `resumed` and `uninterrupted`, the losses there in nats per byte; and
+        `largest_difference` between them.
+
+    Raises:
+        ValueError: If the resumed run's steps are not those that the other one made after the save.
+    """
+    steps = sorted(resumed.train_loss)
+    expected = [step for step in sorted(whole.train_loss) if step > saved_step]
+    if not steps or steps != expected:
+        raise ValueError(f"resumed run: got steps {steps}, expected {expected}, those after its checkpoint")
+    losses = {"resumed": [resumed.train_loss[s] for s in steps], "uninterrupted": [whole.train_loss[s] for s in steps]}
+    largest = max(abs(a - b) for a, b in zip(losses["resumed"], losses["uninterrupted"], strict=True))
+    return {"saved_step": saved_step, "steps": steps, **losses, "largest_difference": largest}
+
+
+def told(resumed: Mapping[str, Any], saved_layout: str, layout: str) -> str:
+    """What `continuation` found, for people."""
+    first, last = resumed["steps"][0], resumed["steps"][-1]
+
+    def losses(run: str) -> str:
+        return f"{resumed[run][0]:.4f} at step {first}, {resumed[run][-1]:.4f} at step {last}"
+
+    return (
+        f"Muon saved after step {resumed['saved_step']} at {saved_layout}, resumed at {layout}:\n"
+        f"  training loss, resumed        {losses('resumed')}\n"
+        f"  training loss, uninterrupted  {losses('uninterrupted')}\n"
+        f"  largest difference over steps {first} to {last}: {resumed['largest_difference']:.4f} nats/byte"
+    )
 
 
 def summarize(logs: Mapping[str, RunLog], tokens_per_step: int) -> dict[str, dict[str, Any]]:

@@ -23,9 +23,7 @@ from megatron_muon.pipeline import run_rounds
 from megatron_muon.rounding import random_bits, stochastic_bf16, stream
 from megatron_muon.second_moment import Piece, divide, second_moment_numel
 from megatron_muon.shares import logical_views
-
-MOMENTUM = "momentum_buffer"
-SECOND_MOMENT = "second_moment"
+from megatron_muon.states import MOMENTUM, SECOND_MOMENT
 
 
 class ShardedMuon(torch.optim.Optimizer):

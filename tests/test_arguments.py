@@ -325,6 +325,11 @@ BAD_WORDS: list[tuple[tuple[str, ...], type[Exception], str]] = [
     (("--qk-clip", "--qk-clip-alpha", "1.5"), ValueError, "--qk-clip-alpha: got 1.5, expected a number in"),
     (("--dump-param-to-param-group-map", "x"), NotImplementedError, "--dump-param-to-param-group-map: got 'x'"),
     (("--freeze-all-layers",), ValueError, "--freeze-all-layers: got True"),
+    (
+        ("--ckpt-format", "torch", "--load", "x", "--ckpt-step", "2"),
+        NotImplementedError,
+        "--ckpt-step: got 2, expected none with legacy files",
+    ),
     (("--tensor-parallel-num-weight-shards", "2"), NotImplementedError, "--tensor-parallel-num-weight-shards: got 2"),
     (
         ("--tensor-model-parallel-size", "2", "--expert-tensor-parallel-num-weight-shards", "4"),
@@ -373,6 +378,9 @@ class TestBadInput:
             ("--tensor-model-parallel-size", "2", "--tensor-parallel-num-weight-shards", "2"),
             ("--num-distributed-optimizer-instances", "2"),
             ("--qk-clip", "--qk-clip-threshold", "30", "--qk-clip-alpha", "0.4"),
+            ("--load", "x", "--ckpt-step", "2"),
+            ("--ckpt-format", "torch", "--load", "x", "--ckpt-step", "2", "--no-load-optim"),
+            ("--ckpt-format", "torch", "--load", "x"),
             ("--decoupled-lr", "1e-3", "--apply-wd-to-qk-layernorm", "--clip-grad", "0"),
         ],
         ids=" ".join,

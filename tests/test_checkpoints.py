@@ -27,8 +27,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from megatron_muon.checkpoints.convert import Options, convert, largest_restart_factor
+from megatron_muon.checkpoints.convert import Options, convert
 from megatron_muon.checkpoints.kinds import Parameter
+from megatron_muon.checkpoints.moments import largest_restart_factor
 from megatron_muon.checkpoints.reader import COMMON, Checkpoint
 from megatron_muon.checkpoints.writer import CheckpointWriter
 from megatron_muon.cli import main
@@ -110,11 +111,15 @@ def test_converts(written: dict[str, Path], tmp_path: Path, source: Any, target:
     for name in names:
         expected[main_of[target] + name] = before[main_of[source] + name]
         if name not in MATRICES:
+            if target == "megatron-muon":
+                expected[f"{STATE}param.{name}"] = before[main_of[source] + name]
             for state in ("exp_avg.", "exp_avg_sq."):
                 expected[STATE + state + name] = before[STATE + state + name]
         elif target == "adamw":
-            for state in ("exp_avg.", "exp_avg_sq."):
-                expected[STATE + state + name] = torch.zeros_like(before[main_of[source] + name])
+            mean = before[f"{STATE}momentum_buffer.{name}"]
+            mean = mean if source == "megatron-muon" else mean / (1 / (1 - 0.9))
+            expected[f"{STATE}exp_avg.{name}"] = mean
+            expected[f"{STATE}exp_avg_sq.{name}"] = squares_for(mean, stacked=mean.dim() - 2)
         else:
             mean = before[STATE + ("exp_avg." if source == "adamw" else "momentum_buffer.") + name]
             # A mean gradient, but for Distributed Muon a sum.
@@ -123,7 +128,29 @@ def test_converts(written: dict[str, Path], tmp_path: Path, source: Any, target:
             expected[f"{STATE}momentum_buffer.{name}"] = mean / (1 - 0.9) if target == "distributed-muon" else mean
     assert after.keys() == expected.keys()
     for key, value in expected.items():
-        assert torch.equal(after[key], value) and after[key].dtype == value.dtype, key
+        assert after[key].dtype == value.dtype, key
+        if ".exp_avg_sq." in key:
+            # One number per matrix, of sums in another order.
+            torch.testing.assert_close(after[key], value, rtol=1e-6, atol=0, msg=key)
+        else:
+            assert torch.equal(after[key], value), key
+
+
+def squares_for(mean: Tensor, stacked: int) -> Tensor:
+    """`exp_avg_sq` with which AdamW's third update of each matrix has an RMS of 0.2, by AdamW's own formula."""
+    rest = tuple(range(stacked, mean.dim()))
+    rms = (mean.double() / (1 - 0.9**3)).square().mean(rest, keepdim=True).sqrt()
+    return ((rms / 0.2) ** 2 * (1 - 0.999**3)).float().expand(mean.shape)
+
+
+@pytest.mark.parametrize("source", ["megatron-muon", "distributed-muon"])
+def test_zeros_for_adamw(written: dict[str, Path], tmp_path: Path, source: Any) -> None:
+    convert(written[source], tmp_path / "out", Options(source, "adamw", start="zeros"))
+    after = tensors_of(tmp_path / "out")
+    for name in MATRICES:
+        for state in ("exp_avg", "exp_avg_sq"):
+            zeros = after[f"{STATE}{state}.{name}"]
+            assert not zeros.any() and zeros.dtype == torch.float32 and zeros.shape == after[name].shape
 
 
 def test_inspect(written: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,12 +174,14 @@ def test_inspect(written: dict[str, Path], capsys: pytest.CaptureFixture[str]) -
 def test_command(written: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["convert", str(written["distributed-muon"]), str(tmp_path / "out"), "--from", "distributed-muon"]
     assert main([*words, "--to", "adamw"]) == 0
+    assert "9 parameters keep Muon's mean gradient as exp_avg" in capsys.readouterr().out
+    words[2] = str(tmp_path / "zeros")
+    assert main([*words, "--to", "adamw", "--momentum", "zeros"]) == 0
     said = capsys.readouterr().out
     assert "9 parameters start with" in said and "up to 6.57 times" in said
     for bad, message in {
         ("--to", "adamw"): "which exists, expected a new directory",
         ("--to", "distributed-muon"): "expected another optimizer",
-        ("--to", "adamw", "--momentum", "exp_avg"): "expected zeros with --to adamw",
     }.items():
         words[2] = str(tmp_path / ("out" if "exists" in message else "new"))
         assert main([*words, *bad]) == 2
@@ -160,7 +189,7 @@ def test_command(written: dict[str, Path], tmp_path: Path, capsys: pytest.Captur
     words[4] = "adamw"
     assert main([*words, "--to", "megatron-muon"]) == 2
     assert "--from: got adamw, expected distributed-muon" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "zeros"]
 
 
 def test_restart_factor() -> None:

@@ -307,3 +307,70 @@ def test_repeated_validation_set_reads_the_same_samples() -> None:
     assert repeated.split == "valid"
     with pytest.raises(ValueError, match="got 6 samples, expected at most 5"):
         Repeated(Letters("abcde"), period=6, num_samples=6)
+
+
+def test_resumed_run_differs_in_layout_and_where_it_begins() -> None:
+    from megatron.training.arguments import add_megatron_arguments
+
+    muon = _flags("muon", steps=160)
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_megatron_arguments(parser)
+    parser.add_argument("--distributed-muon", action="store_true")
+    parser.add_argument("--muon-ns-dtype")
+    saved = parser.parse_args([*muon, *demo.saving_flags(160, Path("k"))])
+    resumed = parser.parse_args(demo.resuming_flags(muon, 160, Path("k"), Path("t2")))
+    assert (saved.save, saved.save_interval, saved.dist_ckpt_optim_fully_reshardable) == ("k", 150, True)
+    changed = {name: value for name, value in vars(resumed).items() if value != getattr(saved, name)}
+    assert changed == {
+        "tensor_model_parallel_size": 1,
+        "expert_model_parallel_size": 4,
+        "micro_batch_size": 4,  # four data-parallel ranks, one micro-batch each
+        "eval_micro_batch_size": 16,
+        "load": "k",
+        "ckpt_step": 150,
+        "tensorboard_dir": "t2",
+        "save": None,
+        "save_interval": None,
+        "dist_ckpt_optim_fully_reshardable": False,
+    }
+    assert [demo.saved_step(steps) for steps in (2, 3, 20, 21, 160)] == [1, 2, 10, 11, 150]
+
+
+def test_continuation_by_hand() -> None:
+    whole = RunLog(train_loss={1: 5.0, 2: 4.0, 3: 3.0, 4: 2.0})
+    found = demo_report.continuation(whole, RunLog(train_loss={4: 2.25, 3: 3.125}), saved_step=2)
+    assert found == {
+        "saved_step": 2,
+        "steps": [3, 4],
+        "resumed": [3.125, 2.25],
+        "uninterrupted": [3.0, 2.0],
+        "largest_difference": 0.25,
+    }
+    told = demo_report.told(found, "TP2", "TP1")
+    assert told.startswith("Muon saved after step 2 at TP2, resumed at TP1:\n")
+    assert "resumed        3.1250 at step 3, 2.2500 at step 4\n" in told
+    assert "uninterrupted  3.0000 at step 3, 2.0000 at step 4\n" in told
+    assert told.endswith("largest difference over steps 3 to 4: 0.2500 nats/byte")
+
+
+@pytest.mark.parametrize("steps", [{}, {1: 5.0}, {3: 3.0}, {1: 5.0, 2: 4.0, 3: 3.0, 4: 2.0}])
+def test_run_that_did_not_go_on_from_its_checkpoint_is_refused(steps: dict[int, float]) -> None:
+    whole = RunLog(train_loss={1: 5.0, 2: 4.0, 3: 3.0, 4: 2.0})
+    with pytest.raises(ValueError, match=r"expected \[3, 4\], those after its checkpoint"):
+        demo_report.continuation(whole, RunLog(train_loss=steps), saved_step=2)
+
+
+@pytest.mark.exhaustive
+def test_demo_resumes_muon_at_another_layout(tmp_path: Path) -> None:
+    """The whole demo but AdamW's run, in 20 steps: what it reports is what the TensorBoard files say."""
+    console = Console(width=200)
+    with console.capture() as capture:
+        demo.run_demo(["muon"], 20, 8e-3, tmp_path / "out", console)
+    resumed = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))["setup"]["resumed"]
+    logs = {run: demo_report.RunReader(tmp_path / "out" / "tensorboard" / run).read() for run in ("muon", "resumed")}
+    assert resumed["steps"] == list(range(11, 21)) == sorted(logs["resumed"].train_loss)
+    differences = [abs(logs["muon"].train_loss[step] - logs["resumed"].train_loss[step]) for step in resumed["steps"]]
+    assert resumed["largest_difference"] == max(differences)
+    # The other layout adds up in another order, in bf16: 0.0009. The steps lower the loss by more than is allowed.
+    assert max(differences) < 0.005 < logs["muon"].train_loss[11] - logs["muon"].train_loss[20]
+    assert f"largest difference over steps 11 to 20: {max(differences):.4f}" in capture.get()

@@ -17,11 +17,12 @@ from megatron_muon.config import MuonConfig
 from megatron_muon.lockstep import Talk
 from megatron_muon.matrices import Blocks, MatrixSpec, Part, whole
 from megatron_muon.newton_schulz import CoefficientSet, coefficients, orthogonalize, scaling_for
-from megatron_muon.optimizer import MOMENTUM, ShardedMuon
+from megatron_muon.optimizer import ShardedMuon
 from megatron_muon.plan import Method, OwnershipPlan, PlanOptions, build_plan
 from megatron_muon.reference import ReferenceMuon
 from megatron_muon.reference_variants import ReferenceVariants
 from megatron_muon.shares import max_shares
+from megatron_muon.states import MOMENTUM
 from megatron_muon.team import Seat, block_bounds, orthogonalize_band
 from tests.distributed import run_ranks
 from tests.models import normal

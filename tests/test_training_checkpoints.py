@@ -169,7 +169,7 @@ def test_muons_checkpoint_goes_back_to_adamw_without_its_state(tmp_path: Path) -
     (adamw,) = launch_ranks(*load, "--no-load-optim", world_size=1)
     assert sorted(adamw.losses) == [2, 3] and adamw.losses[2] == muon.losses[2]
     assert all(torch.equal(value, muon.states[2][key]) for key, value in adamw.states[2].items())
-    with pytest.raises(RankError, match="got a checkpoint of Muon, expected one of AdamW"):
+    with pytest.raises(RankError, match="got a checkpoint of Distributed Muon, expected one of AdamW"):
         launch_ranks(*load, world_size=1)
 
 

@@ -57,8 +57,10 @@ class Trace:
     printed: str = ""
 
 
-def train(rank: int, world_size: int, port: int, arguments: list[str], stop: tuple[Stop, int] | None) -> Trace:
-    """Launches the script in this rank. `stop`: how, and in which iteration's step, it is stopped."""
+def train(
+    rank: int, world_size: int, port: int, script: str, arguments: list[str], stop: tuple[Stop, int] | None
+) -> Trace:
+    """Launches a script in this rank. `stop`: how, and in which iteration's step, it is stopped."""
     from megatron.training import training
 
     from megatron_muon import launch
@@ -69,7 +71,7 @@ def train(rank: int, world_size: int, port: int, arguments: list[str], stop: tup
     printed = io.StringIO()
     with child_processes(), redirect_stdout(printed):
         try:
-            launch.main(["--device", "cpu", SCRIPT, *arguments])
+            launch.main(["--device", "cpu", script, *arguments])
         except SystemExit as end:  # as Megatron ends after a signal or --exit-interval
             assert not end.code
     trace.printed = printed.getvalue()
@@ -104,20 +106,34 @@ def stored(model: list[Any], optimizer: Any) -> dict[tuple[str, str], torch.Tens
     """Copies of main parameters and states that this rank's optimizers store, by parameter name and state."""
     names = {p: f"{index}.{name}" for index, chunk in enumerate(model) for name, p in chunk.named_parameters()}
     out = {}
-    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for parameter in part.model_param_gbuf_map:
-            for state, value in part._get_main_param_and_optimizer_states(parameter).items():
+    for part in _parts(optimizer):
+        if hasattr(part, "model_param_gbuf_map"):
+            pairs = [(p, part._get_main_param_and_optimizer_states(p)) for p in part.model_param_gbuf_map]
+        else:
+            groups = zip(part.float16_groups, part.fp32_from_float16_groups, strict=True)
+            mains = [pair for models, mains in groups for pair in zip(models, mains, strict=True)]
+            pairs = [(p, {"param": main, **part.optimizer.state[main]}) for p, main in mains]
+        for parameter, states in pairs:
+            for state, value in states.items():
                 if state in STATES:
                     out[names[parameter], state] = value.detach().clone()
     return out
 
 
-def launch_ranks(*arguments: str, world_size: int = 2, stop: tuple[Stop, int] | None = None) -> list[Trace]:
-    """Runs the script on ranks of their own; one trace a rank."""
+def _parts(optimizer: Any) -> list[Any]:
+    """The optimizers of a chain, whose members may be chains."""
+    chain = getattr(optimizer, "chained_optimizers", None)
+    return [optimizer] if chain is None else [part for member in chain for part in _parts(member)]
+
+
+def launch_ranks(
+    *arguments: str, world_size: int = 2, stop: tuple[Stop, int] | None = None, script: str = SCRIPT
+) -> list[Trace]:
+    """Runs a script on ranks of their own; one trace a rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    traces: list[Trace] = run_ranks(train, world_size, port, [*MODEL, *TRAINING, *arguments], stop)
+    traces: list[Trace] = run_ranks(train, world_size, port, script, [*MODEL, *TRAINING, *arguments], stop)
     return traces
 
 

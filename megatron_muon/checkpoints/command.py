@@ -8,9 +8,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-_KINDS = ("adamw", "megatron-muon", "distributed-muon")
+from megatron_muon.states import Kind
+
 Progress = Callable[[str, int, int], None]
 
 
@@ -40,13 +41,13 @@ def add_convert_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("source", type=Path, metavar="SRC", help="directory of a run, or of one iteration")
     parser.add_argument("target", type=Path, metavar="DST", help="new directory, for --load")
-    parser.add_argument("--from", dest="source_kind", choices=_KINDS, required=True)
-    parser.add_argument("--to", dest="target_kind", choices=_KINDS, required=True)
+    parser.add_argument("--from", dest="source_kind", choices=get_args(Kind), required=True)
+    parser.add_argument("--to", dest="target_kind", choices=get_args(Kind), required=True)
     parser.add_argument(
         "--momentum",
         choices=("exp_avg", "zeros"),
-        default=None,
-        help="exp_avg: keep the mean gradient as momentum (default where the target is a Muon); zeros: start anew",
+        default="exp_avg",
+        help="exp_avg: keep the mean gradient (default); zeros: start anew",
     )
     parser.add_argument(
         "--muon-momentum",
@@ -92,6 +93,11 @@ def run_convert(args: argparse.Namespace) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         return _fail("convert", error)
     print(f"wrote {result.directory}: {result.copied} tensors copied, {result.scaled} scaled, verified")
+    if result.squared:
+        print(
+            f"{result.squared} parameters keep Muon's mean gradient as exp_avg; their exp_avg_sq is one number per "
+            "matrix, by which AdamW's first update has an RMS of 0.2, as Muon's"
+        )
     if result.fresh:
         print(f"{len(result.fresh)} parameters start with an optimizer state of zeros")
     if result.restart_factor is not None:

@@ -3,9 +3,9 @@
 Muon's momentum is taken for a running mean of the gradient, which is what AdamW's `exp_avg` and Megatron's Muon hold.
 Distributed Muon's buffer, as Moonlight's, is a sum: mean / (1 - momentum).
 
-A matrix that goes back to AdamW starts with zeros: Muon has no second moment, and a mean over a zero second moment
-would give updates without bound. With both zero, AdamW's update exceeds its usual size by at most
-`largest_restart_factor`, since the step count, and so the bias correction, goes on.
+A matrix that goes back to AdamW starts with the mean gradient and a second moment made for it (`moments`), or with
+zeros for both: AdamW's update then exceeds its usual size by at most `largest_restart_factor`, since the step count,
+and so the bias correction, goes on.
 """
 
 from __future__ import annotations
@@ -14,28 +14,17 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_muon.checkpoints.groups import adam_settings, converted_common, source_momentum
-from megatron_muon.checkpoints.kinds import (
-    FULLY_RESHARDABLE,
-    MAIN,
-    MEAN,
-    MOMENTUM,
-    SQUARE,
-    Kind,
-    Parameter,
-    is_state,
-    kind_of,
-    parameters,
-    sharding,
-)
+from megatron_muon.checkpoints.kinds import FULLY_RESHARDABLE, Parameter, kind_of, parameters, sharding
+from megatron_muon.checkpoints.moments import largest_restart_factor, mean_squares, spread, square_factor
 from megatron_muon.checkpoints.reader import BACKEND, COMMON, TRACKER, Checkpoint
 from megatron_muon.checkpoints.writer import CheckpointWriter
+from megatron_muon.states import FP32_PARAM, MEAN, MOMENTUM, PARAM, SQUARE, Kind, split_key, state_key
 
 Momentum = Literal["exp_avg", "zeros"]
 
@@ -47,26 +36,37 @@ class Options:
     Attributes:
         source: Optimizer of the source checkpoint.
         target: Optimizer to convert to.
-        start: `exp_avg` keeps the mean gradient, `zeros` starts anew; None: the first where the target is a Muon.
+        start: `exp_avg` keeps the mean gradient, `zeros` starts anew.
         momentum: Of the Muon converted to; None: the source's if it is a Muon's, else 0.95.
         router: `adam` if the run that is to load leaves routers to AdamW.
     """
 
     source: Kind
     target: Kind
-    start: Momentum | None = None
+    start: Momentum = "exp_avg"
     momentum: float | None = None
     router: str = "muon"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of the target: `source` divided by `divisor`, or zeros of its shape; `zeros` also tells the dtype."""
+    """A tensor of the target, of the shape of `source`.
+
+    Attributes:
+        key: Its key.
+        source: The source's tensor; what is neither copied nor scaled is fp32.
+        divisor: What it is divided by.
+        zeros: Whether it is zeros instead.
+        square: The mean square of each matrix of `source` times this instead, if given.
+        stacked: How many leading axes count matrices.
+    """
 
     key: str
     source: str
     divisor: float = 1.0
     zeros: bool = False
+    square: float | None = None
+    stacked: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,7 @@ class Result:
         directory: The new checkpoint's iteration.
         copied: Tensors that are bitwise the source's.
         scaled: Momentum that was scaled.
+        squared: Second moments that were made from momentum.
         fresh: Parameters whose state starts with zeros.
         restart_factor: How far AdamW's update may exceed its usual size where its state starts with zeros.
     """
@@ -84,6 +85,7 @@ class Result:
     directory: Path
     copied: int
     scaled: int
+    squared: int
     fresh: tuple[str, ...]
     restart_factor: float | None
 
@@ -141,8 +143,9 @@ def convert(
     to_adam = any(entry.zeros and SQUARE in entry.key for entry in entries)
     return Result(
         target_path / name,
-        copied=sum(not entry.zeros and entry.divisor == 1.0 for entry in entries),
+        copied=sum(not entry.zeros and entry.divisor == 1.0 and entry.square is None for entry in entries),
         scaled=sum(entry.divisor != 1.0 for entry in entries),
+        squared=sum(entry.square is not None for entry in entries),
         fresh=fresh,
         restart_factor=largest_restart_factor(*betas) if to_adam else None,
     )
@@ -155,36 +158,57 @@ def plan_entries(checkpoint: Checkpoint, options: Options) -> Iterator[Entry]:
         ValueError: If the source lacks a state that the target needs.
     """
     for key in checkpoint.tensors:
-        if not is_state(key):
+        if split_key(key) is None:
             yield Entry(key, key)
-    from_mean = 1.0
-    if options.target == "distributed-muon":
-        from_mean = 1.0 - _target_momentum(checkpoint, options)
-    to_mean = 1.0
-    if options.source == "distributed-muon":
-        to_mean = 1.0 - (source_momentum(checkpoint.common) or 0.0)
     for parameter in parameters(checkpoint).values():
-        yield Entry(_key(MAIN[options.target], parameter), _state(checkpoint, parameter, MAIN[options.source]))
-        if not parameter.is_muons(options.target, options.router):
-            kept = MOMENTUM not in parameter.states
+        main = _state(checkpoint, parameter, PARAM, FP32_PARAM)
+        is_muons = parameter.is_muons(options.target, options.router)
+        for state in _main_states(options.target, is_muons):
+            yield Entry(state_key(state, parameter.name), main)
+        if is_muons:
+            yield _momentum(checkpoint, parameter, options)
+        elif MOMENTUM in parameter.states:
+            yield from _moments(checkpoint, parameter, options)
+        else:
             for state in (MEAN, SQUARE):
-                source = _state(checkpoint, parameter, state if kept else MOMENTUM)
-                yield Entry(_key(state, parameter), source, zeros=not kept)
-            continue
-        source = _state(checkpoint, parameter, MOMENTUM if MOMENTUM in parameter.states else MEAN)
-        # exp_avg is a mean already, whichever optimizer the other parameters have.
-        divisor = from_mean / (to_mean if MOMENTUM in parameter.states else 1.0)
-        zeros = options.start == "zeros"
-        yield Entry(_key(MOMENTUM, parameter), source, divisor=1.0 if zeros else divisor, zeros=zeros)
+                yield Entry(state_key(state, parameter.name), _state(checkpoint, parameter, state))
 
 
-def largest_restart_factor(beta1: float, beta2: float) -> float:
-    """The largest update of an AdamW whose zero moments are not bias-corrected, for a steady gradient, over the usual.
+def _main_states(target: Kind, is_muons: bool) -> tuple[str, ...]:
+    """Under which names a main parameter is looked for."""
+    if target != "megatron-muon":
+        return (PARAM,)
+    # Which optimizer Megatron gives the others depends on how the script makes its model: either finds its own.
+    return (FP32_PARAM,) if is_muons else (FP32_PARAM, PARAM)
 
-    After k steps it is (1 - beta1^k) / sqrt(1 - beta2^k).
-    """
-    steps = range(1, 2 + int(5 / (1 - beta1)))
-    return float(max((1 - beta1**k) / (1 - beta2**k) ** 0.5 for k in steps))
+
+def _momentum(checkpoint: Checkpoint, parameter: Parameter, options: Options) -> Entry:
+    """Muon's momentum, from Muon's or from AdamW's mean gradient."""
+    source = _state(checkpoint, parameter, MOMENTUM, MEAN)
+    divisor = 1.0 - _target_momentum(checkpoint, options) if options.target == "distributed-muon" else 1.0
+    if source == parameter.states.get(MOMENTUM):
+        divisor /= _mean_per_momentum(checkpoint, options)
+    zeros = options.start == "zeros"
+    return Entry(state_key(MOMENTUM, parameter.name), source, divisor=1.0 if zeros else divisor, zeros=zeros)
+
+
+def _moments(checkpoint: Checkpoint, parameter: Parameter, options: Options) -> Iterator[Entry]:
+    """AdamW's moments of a parameter that was Muon's."""
+    source = parameter.states[MOMENTUM]
+    mean, square = (state_key(state, parameter.name) for state in (MEAN, SQUARE))
+    if options.start == "zeros":
+        yield Entry(mean, source, zeros=True)
+        yield Entry(square, source, zeros=True)
+        return
+    factor = _mean_per_momentum(checkpoint, options)
+    betas, step = adam_settings(checkpoint.common, options.source)
+    yield Entry(mean, source, divisor=1.0 / factor)
+    yield Entry(square, source, square=factor**2 * square_factor(betas, step), stacked=parameter.stacked)
+
+
+def _mean_per_momentum(checkpoint: Checkpoint, options: Options) -> float:
+    """What Muon's momentum in the source is multiplied by to be a mean gradient."""
+    return 1.0 - (source_momentum(checkpoint.common) or 0.0) if options.source == "distributed-muon" else 1.0
 
 
 def _check(checkpoint: Checkpoint, options: Options) -> None:
@@ -195,11 +219,6 @@ def _check(checkpoint: Checkpoint, options: Options) -> None:
         raise ValueError(
             f"--from: got {options.source}, expected {found or 'none: there is no optimizer state'}, by which "
             f"{checkpoint.directory} was written; see `python -m megatron_muon inspect`"
-        )
-    if options.target == "adamw" and options.start == "exp_avg":
-        raise ValueError(
-            "--momentum: got exp_avg, expected zeros with --to adamw: Muon has no second moment, and over a zero one "
-            "the mean gradient would give updates without bound; omit it"
         )
     if options.momentum is not None and not 0 <= options.momentum < 1:
         raise ValueError(f"--muon-momentum: got {options.momentum}, expected 0 or more and less than 1")
@@ -219,34 +238,34 @@ def _target_momentum(checkpoint: Checkpoint, options: Options) -> float:
     return 0.95 if found is None else found
 
 
-def _key(state: str, parameter: Parameter) -> str:
-    return f"optimizer.state.{state}.{parameter.name}"
-
-
-def _state(checkpoint: Checkpoint, parameter: Parameter, state: str) -> str:
-    if state in parameter.states:
-        return parameter.states[state]
+def _state(checkpoint: Checkpoint, parameter: Parameter, *states: str) -> str:
+    """The key of the first of `states` that a parameter has."""
+    for state in states:
+        if state in parameter.states:
+            return parameter.states[state]
     raise ValueError(
-        f"{checkpoint.directory}: {parameter.name} has {', '.join(sorted(parameter.states))}, expected {state} too; "
-        "the checkpoint is damaged, or of an optimizer that is not known here"
+        f"{checkpoint.directory}: {parameter.name} has {', '.join(sorted(parameter.states))}, expected "
+        f"{' or '.join(states)} too; the checkpoint is damaged, or of an optimizer that is not known here"
     )
 
 
 def _write(checkpoint: Checkpoint, entry: Entry, writer: CheckpointWriter) -> None:
     stored = checkpoint.tensors[entry.source]
-    for chunk in stored.chunks:
-        index, target = MetadataIndex(entry.source, chunk.offsets), MetadataIndex(entry.key, chunk.offsets)
-        if entry.zeros:
-            writer.add(target, torch.zeros(chunk.sizes, dtype=stored.properties.dtype), stored.size)
-        elif entry.divisor == 1.0:
-            with checkpoint.open(index) as stream:
-                writer.copy(target, stream, stored)
+    means = None
+    if entry.square is not None:
+        means = mean_squares(checkpoint, entry.source, entry.stacked).mul_(entry.square)
     if entry.divisor != 1.0:
         for chunk, tensor in checkpoint.chunks(entry.source):
-            writer.add(MetadataIndex(entry.key, chunk.offsets), _divided(tensor, entry.divisor), stored.size)
+            writer.add(MetadataIndex(entry.key, chunk.offsets), tensor.float().div_(entry.divisor), stored.size)
             # Before the next one is read.
             del tensor
-
-
-def _divided(tensor: Tensor, divisor: Any) -> Tensor:
-    return tensor.div_(divisor)
+        return
+    for chunk in stored.chunks:
+        target = MetadataIndex(entry.key, chunk.offsets)
+        if entry.zeros:
+            writer.add(target, torch.zeros(chunk.sizes), stored.size)
+        elif means is not None:
+            writer.add(target, spread(means, chunk.offsets, chunk.sizes), stored.size)
+        else:
+            with checkpoint.open(MetadataIndex(entry.source, chunk.offsets)) as stream:
+                writer.copy(target, stream, stored)

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from megatron_muon.checkpoints.kinds import FULLY_RESHARDABLE, Kind, optimizer_entries
+from megatron_muon.checkpoints.kinds import FULLY_RESHARDABLE, optimizer_entries
+from megatron_muon.states import Kind
 
 _ADAMS = frozenset(
     {
@@ -127,13 +128,13 @@ def _megatron_muon(adam: list[Group], muon: list[Group], step: int, momentum: fl
     # Only matrices are in these groups, and Megatron decays all of them; only vectors are not AdamW's to decay.
     muons = [{**_base(group), "momentum": momentum} for group in muon if group.get("wd_mult", 1.0) != 0.0]
     adams = [
-        {**{k: v for k, v in group.items() if k != "step"}, "optimizer": "adam"}
-        for group in adam
-        if not group.get("is_expert_parallel")
+        {**group, "step": float(step), "optimizer": "adam"} for group in adam if not group.get("is_expert_parallel")
     ]
+    # A DistributedOptimizer reads the groups' step, any other the common one; the script decides which one it is.
+    others = {"state": {"common_step": torch.tensor(float(step))}, "param_groups": adams}
     return {
         0: {"optimizer": {"param_groups": muons}},
-        1: {"optimizer": {"state": {"common_step": torch.tensor(float(step))}, "param_groups": adams}},
+        1: {"optimizer": others, "param_state_sharding_type": FULLY_RESHARDABLE},
     }
 
 

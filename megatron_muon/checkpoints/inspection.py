@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from megatron_muon.checkpoints.groups import source_momentum
-from megatron_muon.checkpoints.kinds import MAIN, MOMENTUM, kind_of, model_keys, parameters, sharding
+from megatron_muon.checkpoints.kinds import kind_of, model_keys, parameters, sharding
 from megatron_muon.checkpoints.reader import Checkpoint
+from megatron_muon.states import FP32_PARAM, MOMENTUM, PARAM
 
 # Names in Megatron's args, in the order in which they are printed.
 _LAYOUT = {
@@ -130,7 +131,7 @@ def print_inspection(found: Inspection, console: Any) -> None:
     console.print(f"written by   {layout}", highlight=False)
     table = Table("parameter", "shape", "dtype", "optimizer", "weight norm", "state", "state norm")
     for row in found.rows:
-        states = [state for state in row.states if state not in MAIN.values()]
+        states = [state for state in row.states if state not in (PARAM, FP32_PARAM)]
         table.add_row(
             row.name,
             "x".join(str(size) for size in row.shape),

@@ -1,32 +1,16 @@
-"""The optimizers whose state a checkpoint can hold, and how each names it.
-
-| | main parameter | Muon's matrices | all others | momentum |
-|---|---|---|---|---|
-| adamw | `param` | `exp_avg`, `exp_avg_sq` | `exp_avg`, `exp_avg_sq` | mean gradient |
-| megatron-muon | `fp32_param` | `momentum_buffer` | `exp_avg`, `exp_avg_sq` | mean gradient |
-| distributed-muon | `param` | `momentum_buffer` | `exp_avg`, `exp_avg_sq` | sum: mean / (1 - momentum) |
-
-A key is `optimizer.state.<state>.<name of the parameter in the model>`. Sources: megatron-core 0.19.2,
-`optimizer/distrib_optimizer.py` and `optimizer/optimizer.py`; emerging-optimizers 0.3,
-`orthogonalized_optimizer.py`, where the buffer is `lerp`ed towards the gradient.
-"""
+"""What a checkpoint's parameters are, and which optimizer wrote it. The states' names are in `megatron_muon.states`."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from megatron_muon.checkpoints.reader import Checkpoint
+from megatron_muon.states import Kind, kind_by_states, split_key, states_among
 
-Kind = Literal["adamw", "megatron-muon", "distributed-muon"]
-MOMENTUM, MEAN, SQUARE = "momentum_buffer", "exp_avg", "exp_avg_sq"
-MAIN: dict[Kind, str] = {"adamw": "param", "megatron-muon": "fp32_param", "distributed-muon": "param"}
 FULLY_RESHARDABLE = "fully_reshardable"
-
-# Megatron puts `chained_0.` before keys of chained optimizers in all but the fully reshardable format.
-_KEY = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([a-z0-9_]+)\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -60,17 +44,12 @@ def parameters(checkpoint: Checkpoint) -> dict[str, Parameter]:
     """The parameters that a checkpoint has optimizer state of, by name."""
     states: dict[str, dict[str, str]] = {}
     for key in checkpoint.tensors:
-        if found := _KEY.fullmatch(key):
-            states.setdefault(found[2], {})[found[1]] = key
+        if found := split_key(key):
+            states.setdefault(found[1], {})[found[0]] = key
     return {
         name: Parameter(name, tuple(checkpoint.tensors[next(iter(keys.values()))].size), keys)
         for name, keys in states.items()
     }
-
-
-def is_state(key: str) -> bool:
-    """Whether a key is that of optimizer state."""
-    return _KEY.fullmatch(key) is not None
 
 
 def optimizer_entries(common: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -88,12 +67,7 @@ def sharding(checkpoint: Checkpoint) -> str:
 
 def kind_of(checkpoint: Checkpoint) -> Kind | None:
     """Which optimizer wrote a checkpoint; None if it holds no optimizer state."""
-    entries = optimizer_entries(checkpoint.common)
-    if any(entry["optimizer"].get("kind") == "muon" for entry in entries):
-        return "distributed-muon"
-    if any("momentum" in group for entry in entries for group in entry["optimizer"].get("param_groups", ())):
-        return "megatron-muon"
-    return "adamw" if entries else None
+    return kind_by_states(set.union(*states_among(checkpoint.tensors)))
 
 
 def model_keys(keys: Iterable[str]) -> list[str]:

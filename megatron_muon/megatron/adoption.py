@@ -1,31 +1,52 @@
-"""Continues a checkpoint of Megatron's AdamW under Distributed Muon, where the launch flags say how.
+"""What a run makes of a checkpoint that another optimizer wrote: it goes on as the launch flags say, or tells how to.
 
-Both write `optimizer.state.<state>.<model key>`: `param` is the fp32 parameter in both, AdamW's parameters have
-`exp_avg` and `exp_avg_sq`, Muon's have `momentum_buffer`. So a load of an AdamW checkpoint differs for Muon's
-parameters alone: what is asked for as `momentum_buffer` is read from `exp_avg`, and then scaled or zeroed.
+AdamW's and Distributed Muon's checkpoints differ for Muon's parameters alone (the table is in `megatron_muon.states`).
+So to continue AdamW's, what is asked for as `momentum_buffer` is read from `exp_avg`, and then scaled or zeroed.
 
 `exp_avg` is a mean of gradients, `b*m + (1-b)*g`; `momentum_buffer` is a sum, `mu*m + g`. A constant gradient g leaves
-g in the one and g/(1-mu) in the other, hence the factor 1/(1-mu).
+g in the one and g/(1-mu) in the other, hence the factor 1/(1-mu). A variant's second moment starts from zero, as in a
+new run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.megatron.arguments import say
-from megatron_muon.optimizer import MOMENTUM
+from megatron_muon.megatron.checks import check_checkpoint_step, check_variant
+from megatron_muon.states import (
+    MEAN,
+    MOMENTUM,
+    SECOND_MOMENT,
+    Kind,
+    kind_by_states,
+    split_key,
+    state_key,
+    states_among,
+)
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-PREFIX = "optimizer.state"
-MEAN = "exp_avg"
 _FLAG = "--muon-init-from-adamw"
+_NAMES: dict[Kind, str] = {
+    "adamw": "AdamW",
+    "megatron-muon": "Megatron's Muon",
+    "distributed-muon": "Distributed Muon",
+}
+_GO_ON: dict[Kind, str] = {
+    "adamw": "omit --distributed-muon and --optimizer muon",
+    "megatron-muon": "use --optimizer muon without --distributed-muon",
+    "distributed-muon": "add --distributed-muon",
+}
+
+Settings = Callable[[], MuonConfig | None]
+Seam = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
-def loading_seam(settings: Callable[[], MuonConfig | None]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def loading_seam(settings: Settings) -> Seam:
     """The seam around Megatron's load of a torch_dist checkpoint; `settings` gives those of Distributed Muon, if on."""
 
     def seam(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -33,17 +54,14 @@ def loading_seam(settings: Callable[[], MuonConfig | None]) -> Callable[[Callabl
             load_dir: Any, args: Any, rank0: bool, sharded_state_dict: Any, iteration: int, release: bool, **rest: Any
         ) -> Any:
             config = settings()
-            wanted = not rank0 and "optimizer" in (sharded_state_dict or {})
-            if wanted and config is None and args.optimizer == "adam":
-                _refuse_muons(load_dir, iteration, release)
-            if config is None or not wanted:
-                return original(load_dir, args, rank0, sharded_state_dict, iteration, release, **rest)
-            adopts = _is_adamws(_directory(load_dir, iteration, release), config)
+            adopts = False
+            if not rank0 and "optimizer" in (sharded_state_dict or {}):
+                adopts = _adopts(_directory(load_dir, iteration, release), _kind_of_run(args, config), config)
             if adopts:
-                for entry in _momenta(sharded_state_dict["optimizer"]):
-                    entry.key = entry.key.replace(f"{PREFIX}.{MOMENTUM}.", f"{PREFIX}.{MEAN}.", 1)
+                _ask_for_adamws(sharded_state_dict["optimizer"])
             state, *others = original(load_dir, args, rank0, sharded_state_dict, iteration, release, **rest)
             if adopts:
+                assert config is not None
                 state["optimizer"] = adopted(state["optimizer"], config)
             return (state, *others)
 
@@ -52,42 +70,65 @@ def loading_seam(settings: Callable[[], MuonConfig | None]) -> Callable[[Callabl
     return seam
 
 
+def legacy_loading_seam(settings: Settings) -> Seam:
+    """The seam around Megatron's load of any checkpoint, which looks at what legacy files gave."""
+
+    def seam(original: Callable[..., Any]) -> Callable[..., Any]:
+        def load(load_dir: Any, args: Any, rank0: bool = False, *rest: Any, **named: Any) -> Any:
+            from megatron.training.checkpointing import CheckpointType
+
+            state, name, release, found = original(load_dir, args, rank0, *rest, **named)
+            loads_optimizer = not (rank0 or release or args.finetune or args.no_load_optim)
+            if found is CheckpointType.LEGACY and loads_optimizer and "optimizer" in state:
+                config = settings()
+                if config is not None:
+                    check_checkpoint_step(args, legacy=True)
+                _check_legacy(str(name), _legacy_kind(state["optimizer"]), _kind_of_run(args, config))
+            return state, name, release, found
+
+        return load
+
+    return seam
+
+
+def _kind_of_run(args: Any, config: MuonConfig | None) -> Kind | None:
+    """Which optimizer this run has; None for one that the table does not have."""
+    if config is not None:
+        return "distributed-muon"
+    kinds: dict[str, Kind] = {"adam": "adamw", "muon": "megatron-muon"}
+    return kinds.get(args.optimizer)
+
+
 def _directory(load_dir: Any, iteration: int, release: bool) -> str:
     from megatron.training.checkpointing import get_checkpoint_name
 
     return str(get_checkpoint_name(load_dir, iteration, release, return_base_dir=True))
 
 
-def _states(directory: str) -> tuple[set[str], set[str]]:
-    """Names of the states that a torch_dist checkpoint has, by its metadata: per parameter, and in flat buckets."""
-    from megatron.core.dist_checkpointing import load_tensors_metadata
-
-    keys = list(load_tensors_metadata(directory))
-    per_parameter = {key.removeprefix(f"{PREFIX}.").split(".", 1)[0] for key in keys if key.startswith(f"{PREFIX}.")}
-    return per_parameter, {key.rsplit(".", 1)[-1] for key in keys if "optimizer.distributed." in key}
-
-
-def _refuse_muons(load_dir: Any, iteration: int, release: bool) -> None:
-    """Raises ValueError if a run with AdamW alone is about to load optimizer state of Muon."""
-    directory = _directory(load_dir, iteration, release)
-    if MOMENTUM in set.union(*_states(directory)):
-        raise ValueError(
-            f"{directory}: got a checkpoint of Muon, expected one of AdamW; add --distributed-muon to go on with it, "
-            "or --no-load-optim to keep the weights and start AdamW's state anew"
-        )
-
-
-def _is_adamws(directory: str, config: MuonConfig) -> bool:
-    """Whether a torch_dist checkpoint's optimizer is AdamW alone, read from its metadata.
+def _adopts(directory: str, run: Kind | None, config: MuonConfig | None) -> bool:
+    """Whether a run is to continue a torch_dist checkpoint of AdamW under Distributed Muon, by its metadata.
 
     Raises:
-        ValueError: If it is and the flags do not say how to go on from it.
-        NotImplementedError: If it is, in a format that has no tensors of parameters.
+        ValueError: If the checkpoint is another optimizer's and the flags do not say how to go on from it.
+        NotImplementedError: If they do, but its format has no tensors of parameters.
     """
-    per_parameter, in_buckets = _states(directory)
+    from megatron.core.dist_checkpointing import load_tensors_metadata
+
+    per_parameter, in_buckets = states_among(load_tensors_metadata(directory))
     states = per_parameter | in_buckets
-    if MEAN not in states or MOMENTUM in states:
+    found = kind_by_states(states)
+    if found is None or run is None:
         return False
+    if found == run:
+        if config is not None:
+            check_variant(config.variant if SECOND_MOMENT in states else "muon", config.variant)
+        return False
+    if config is None or found != "adamw":
+        raise ValueError(
+            f"{directory}: got a checkpoint of {_NAMES[found]}, expected one of {_NAMES[run]}; {_GO_ON[found]} to go "
+            f"on with it, or convert it (python -m megatron_muon convert SRC DST --from {found} --to {run}), or add "
+            "--no-load-optim to keep the weights alone"
+        )
     if config.init_from_adamw == "refuse":
         raise ValueError(
             f"{directory}: got a checkpoint of AdamW alone, expected one of Distributed Muon; add {_FLAG} momentum to "
@@ -103,12 +144,57 @@ def _is_adamws(directory: str, config: MuonConfig) -> bool:
     return True
 
 
+def _legacy_kind(state: Any) -> Kind:
+    """Which optimizer wrote the state that a legacy file holds."""
+    entries = [state] if isinstance(state, Mapping) and "optimizer" in state else _members(state)
+    inner = [entry["optimizer"] for entry in entries if isinstance(entry, Mapping) and "optimizer" in entry]
+    if any(optimizer.get("kind") == "muon" for optimizer in inner):
+        return "distributed-muon"
+    groups = [group for optimizer in inner for group in optimizer.get("param_groups", ())]
+    return "megatron-muon" if any("momentum" in group for group in groups) else "adamw"
+
+
+def _members(state: Any) -> list[Any]:
+    return list(state.values()) if isinstance(state, Mapping) else list(state)
+
+
+def _check_legacy(path: str, found: Kind, run: Kind | None) -> None:
+    """Raises NotImplementedError if a run is about to load legacy files that another optimizer wrote."""
+    if run is None or found == run:
+        return
+    onward = f"continue what that saves with {_FLAG} momentum or fresh"
+    if run != "distributed-muon" or found != "adamw":
+        onward = f"convert what that saves (python -m megatron_muon convert SRC DST --from {found} --to {run})"
+    raise NotImplementedError(
+        f"{path}: got legacy files (--ckpt-format torch) of {_NAMES[found]}, expected a torch_dist checkpoint to go on "
+        f"with {_NAMES[run]}; resume it once as {_NAMES[found]} with --ckpt-format torch_dist "
+        f"--dist-ckpt-optim-fully-reshardable --save NEW, and {onward}; or add --no-load-optim to keep the weights "
+        "alone"
+    )
+
+
+def _ask_for_adamws(state: dict[Any, Any]) -> None:
+    """Makes an optimizer's sharded state dict ask for what AdamW's checkpoint has. Mutates it."""
+    for param_state in _param_states(state):
+        for states in param_state.values():
+            states.pop(SECOND_MOMENT, None)
+    for entry in _momenta(state):
+        _, name = split_key(entry.key) or ("", "")
+        entry.key = state_key(MEAN, name)
+
+
+def _param_states(state: Mapping[Any, Any]) -> Iterator[Any]:
+    for part in state.values():
+        if isinstance(part, Mapping) and "param_state" in part:
+            yield part["param_state"]
+
+
 def _momenta(state: dict[Any, Any]) -> Iterator[Any]:
     """The entries of an optimizer's sharded state dict that ask for Muon's momentum in model space."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
 
     for entry in nested_values(state):
-        if str(getattr(entry, "key", "")).startswith(f"{PREFIX}.{MOMENTUM}."):
+        if (split_key(str(getattr(entry, "key", ""))) or ("",))[0] == MOMENTUM:
             yield entry
 
 
@@ -129,7 +215,9 @@ def adopted(state: dict[Any, Any], config: MuonConfig) -> dict[int, dict[str, An
     rest = {k: v for k, v in saved[0].items() if isinstance(k, str) and k not in ("optimizer", "param_state")}
 
     def entry(kind: str, **own: Any) -> dict[str, Any]:
-        return {**rest, **own, "optimizer": {"kind": kind, "param_groups": groups}}
+        # What a variant needs is made below.
+        made = {"muon": {"variant": config.variant}} if kind == "muon" else {}
+        return {**rest, **own, "optimizer": {"kind": kind, "param_groups": groups, **made}}
 
     # Without parameter state: what an optimizer is told that stores nothing on this rank.
     out = {-2: entry("adam"), -1: entry("muon")}
@@ -137,6 +225,9 @@ def adopted(state: dict[Any, Any], config: MuonConfig) -> dict[int, dict[str, An
         momenta = [states[MOMENTUM] for states in param_state.values() if MOMENTUM in states]
         for momentum in momenta:
             _start(momentum, config)
+        if config.variant != "muon":
+            for states in (states for states in param_state.values() if MOMENTUM in states):
+                states[SECOND_MOMENT] = torch.zeros_like(states[MOMENTUM], dtype=torch.float32)
         out[at] = entry("muon" if momenta else "adam", param_state=param_state)
     how = f"{MEAN} / (1 - {config.momentum})" if config.init_from_adamw == "momentum" else "zero"
     say(f"{_FLAG} {config.init_from_adamw}: the checkpoint is AdamW's; Muon's {MOMENTUM} starts from {how}")

@@ -115,12 +115,51 @@ def check_arguments(args: argparse.Namespace) -> None:
     _check_loss_scale("--loss-scale", args.fp16, args.loss_scale)
     if getattr(args, "qk_clip", False):
         ClipRule(args.qk_clip_threshold, args.qk_clip_alpha)  # raises
+    check_checkpoint_step(args, legacy=args.ckpt_format == "torch")
     tensor_parallel = args.tensor_model_parallel_size
     _check_weight_shards("--tensor-parallel-num-weight-shards", args.tensor_parallel_num_weight_shards, tensor_parallel)
     _check_weight_shards(
         "--expert-tensor-parallel-num-weight-shards",
         args.expert_tensor_parallel_num_weight_shards,
         args.expert_tensor_parallel_size or tensor_parallel,
+    )
+
+
+def check_checkpoint_step(args: argparse.Namespace, *, legacy: bool) -> None:
+    """Checks that Megatron can find the optimizer state of the iteration that is to be loaded.
+
+    Args:
+        args: Parsed arguments.
+        legacy: Whether the checkpoint is in Megatron's legacy files.
+
+    Raises:
+        NotImplementedError: If it would load another iteration's.
+    """
+    loads_optimizer = args.load is not None and not (args.no_load_optim or args.finetune)
+    if legacy and loads_optimizer and args.ckpt_step:
+        raise NotImplementedError(
+            f"--ckpt-step: got {args.ckpt_step}, expected none with legacy files (--ckpt-format torch): Megatron would "
+            "join that iteration's weights with the optimizer state of the last one; write the iteration into "
+            "latest_checkpointed_iteration.txt in --load's directory instead, or add --no-load-optim"
+        )
+
+
+def check_variant(saved: str, current: str) -> None:
+    """Checks that a checkpoint has the second moment that a variant of Muon goes on from.
+
+    Args:
+        saved: --muon-variant of the run that wrote the checkpoint.
+        current: That of this run.
+
+    Raises:
+        ValueError: If it has none, or one of another kind.
+    """
+    if current in (saved, "muon"):
+        return
+    has = "no second moment" if saved == "muon" else f"{saved}'s second moment"
+    raise ValueError(
+        f"--muon-variant: got {current}, expected {saved}, by which the checkpoint was written: it has {has}; add "
+        f"--muon-variant {saved}, or --no-load-optim to keep the weights and start all optimizer state anew"
     )
 
 

@@ -13,6 +13,7 @@ that no longer fits must not fall back to training without Muon.
 | `get_mup_config_overrides` | muP's multipliers for AdamW's matrices must not reach Muon's |
 | `clip_qk` | megatron.training clips with it once the optimizer has stepped; the optimizer has clipped already |
 | `_load_global_dist_base_checkpoint` | knows the checkpoint's directory and what is asked of it, before it is read |
+| `_load_base_checkpoint` | has read legacy files, and not yet given them to the optimizer |
 """
 
 from __future__ import annotations
@@ -119,6 +120,14 @@ def install_training_seams() -> None:
         "_load_global_dist_base_checkpoint",
         adoption.loading_seam(active_config),
         ("load_dir", "args", "rank0", "sharded_state_dict", "iteration", "release"),
+        version,
+        exact=False,
+    )
+    _wrap(
+        importlib.import_module("megatron.training.checkpointing"),
+        "_load_base_checkpoint",
+        adoption.legacy_loading_seam(active_config),
+        ("load_dir", "args", "rank0"),
         version,
         exact=False,
     )

@@ -18,6 +18,7 @@ from torch import nn
 from megatron_muon.config import MuonConfig
 from megatron_muon.matrices import MatrixSpec
 from megatron_muon.megatron.checkpoint import CheckpointedChain, CheckpointedOptimizer, report_changes
+from megatron_muon.megatron.checks import check_variant
 from megatron_muon.megatron.metrics import MetricsLog
 from megatron_muon.megatron.profiling import Profiler
 from megatron_muon.megatron.qk_clip import QKClip
@@ -195,6 +196,7 @@ class MuonDistributedOptimizer(CheckpointedOptimizer):
         one here and taken back, so that it does not end up in the next checkpoint.
         """
         saved = state_dict["optimizer"]
+        check_variant(saved.get("muon", {}).get("variant", "muon"), self.optimizer.muon.variant)
         self.optimizer.updates = int(saved.get("updates", 0))
         report_changes(saved.get("muon", {}), dataclasses.asdict(self.optimizer.muon), "muon-")
         groups = [{**group, "step": 0} for group in saved["param_groups"]]
