@@ -159,6 +159,9 @@ class MuonConfig:
             "help": "what a run that loads AdamW's checkpoint starts momentum from: its exp_avg, or zero (fresh)",
         },
     )
+    verify_checkpoint: bool = field(
+        default=True, metadata={"help": "check a checkpoint's files and tensors against its manifest before loading"}
+    )
 
     def __post_init__(self) -> None:
         for name, annotation in get_type_hints(type(self)).items():

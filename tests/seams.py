@@ -23,5 +23,7 @@ def seams_removed_afterwards() -> Iterator[None]:
                 owners = [module, *(v for v in vars(module).values() if inspect.isclass(v))]
                 for owner in owners if module.__name__.startswith("megatron.") else [module]:
                     for name, value in list(vars(owner).items()):
-                        if inspect.isfunction(value) and compat.SEAM_MARK in vars(value):
-                            setattr(owner, name, inspect.unwrap(value))
+                        function = value.__func__ if isinstance(value, staticmethod) else value
+                        if inspect.isfunction(function) and compat.SEAM_MARK in vars(function):
+                            stock = inspect.unwrap(function)
+                            setattr(owner, name, stock if function is value else staticmethod(stock))

@@ -14,6 +14,11 @@ that no longer fits must not fall back to training without Muon.
 | `clip_qk` | megatron.training clips with it once the optimizer has stepped; the optimizer has clipped already |
 | `_load_global_dist_base_checkpoint` | knows the checkpoint's directory and what is asked of it, before it is read |
 | `_load_base_checkpoint` | has read legacy files, and not yet given them to the optimizer |
+| `dist_checkpointing.save`, `.load` | a manifest ends every save, and is checked before a load, in every loop |
+| `FileSystemWriterAsync.write_preloaded_data` | knows which file could not be written; its callers drop that |
+| `PersistentAsyncCaller.is_current_async_call_done` | waits for ever for a writer that was killed |
+| `_get_checkpoint_format` | the first that looks at a checkpoint to be loaded, in every format |
+| `save_checkpoint` | legacy files are written there, by no function of their own |
 """
 
 from __future__ import annotations
@@ -64,7 +69,12 @@ def install_core_seams() -> None:
     check_fused_kernels(cpu=cpu_backend_installed())
     version = check_megatron_version()
     from megatron.core import optimizer
+    from megatron.core.dist_checkpointing import serialization
+    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
     from megatron.core.distributed import DistributedDataParallel
+
+    from megatron_muon.megatron import manifest
 
     _wrap(
         optimizer,
@@ -101,6 +111,36 @@ def install_core_seams() -> None:
         ("self", "config", "ddp_config", "module", "disable_bucketing", "pg_collection", "full_param_layout"),
         version,
     )
+    _wrap(
+        serialization,
+        "save",
+        manifest.saving_seam(active_config),
+        ("sharded_state_dict", "checkpoint_dir"),
+        version,
+        exact=False,
+    )
+    _wrap(
+        serialization,
+        "load",
+        manifest.loading_seam(active_config),
+        ("sharded_state_dict", "checkpoint_dir", "sharded_strategy", "validate_access_integrity"),
+        version,
+        exact=False,
+    )
+    _wrap(
+        FileSystemWriterAsync,
+        "write_preloaded_data",
+        manifest.writing_seam,
+        ("transform_list", "local_proc_idx", "write_bucket", "results_queue", "count_queue", "use_fsync", "kwargs"),
+        version,
+    )
+    _wrap(
+        PersistentAsyncCaller,
+        "is_current_async_call_done",
+        manifest.waiting_seam,
+        ("self", "blocking", "no_dist"),
+        version,
+    )
 
 
 def install_training_seams() -> None:
@@ -111,12 +151,16 @@ def install_training_seams() -> None:
     """
     version = check_megatron_version()
     modules = [importlib.import_module(f"megatron.training.{name}") for name in ("arguments", "training")]
-    from megatron_muon.megatron import adoption
+    from megatron_muon.megatron import adoption, manifest
 
     dist_utils = importlib.import_module("megatron.training.models.dist_utils")
     _wrap(modules[0], "parse_args", _parser_seam, ("extra_args_provider", "ignore_unknown_args"), version)
+    checkpointing = importlib.import_module("megatron.training.checkpointing")
+    opening, saving = manifest.opening_seam(active_config), manifest.legacy_saving_seam(active_config)
+    _wrap(checkpointing, "_get_checkpoint_format", opening, ("checkpoint_name", "args"), version)
+    _wrap(checkpointing, "save_checkpoint", saving, ("iteration", "model", "optimizer"), version, exact=False)
     _wrap(
-        importlib.import_module("megatron.training.checkpointing"),
+        checkpointing,
         "_load_global_dist_base_checkpoint",
         adoption.loading_seam(active_config),
         ("load_dir", "args", "rank0", "sharded_state_dict", "iteration", "release"),
@@ -177,7 +221,8 @@ def _wrap(
         )
     replacement = functools.wraps(original)(seam(original))
     setattr(replacement, SEAM_MARK, True)
-    setattr(owner, name, replacement)
+    static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+    setattr(owner, name, staticmethod(replacement) if static else replacement)
     for module in list(sys.modules.values()):
         # This package's own modules import originals to call them.
         if not inspect.ismodule(module) or module.__name__.startswith("megatron_muon"):

@@ -25,9 +25,18 @@ from megatron_muon.megatron.qk_clip import QKClip
 from megatron_muon.optimizer import ShardedMuon
 from megatron_muon.plan import CostModel, OwnershipPlan, PlanOptions, ShardedMatrix, Slice, build_plan
 
-# What says how a run began, or what it logs, does not change how it goes on.
+# What says how a run began, what it logs or checks, does not change how it goes on.
 _NOT_IN_CHECKPOINTS = frozenset(
-    {"init_from_adamw", "log_interval", "log_params", "metrics_dir", "profile", "profile_dir", "profile_links"}
+    {
+        "init_from_adamw",
+        "log_interval",
+        "log_params",
+        "metrics_dir",
+        "profile",
+        "profile_dir",
+        "profile_links",
+        "verify_checkpoint",
+    }
 )
 
 
