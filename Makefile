@@ -22,8 +22,9 @@ $(STAMP): setup.py
 	$(BIN)/pip install --quiet --editable ".[demo,kernels,test]"
 	touch $@
 
+# FP8=1 (or delayed, mxfp8): Muon with the experts in FP8, emulated on the CPU, against bf16.
 demo: $(STAMP)
-	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/demo.py $(if $(FP8),--fp8 $(FP8:1=tensorwise) --out runs/demo-fp8)
 
 ablations: $(STAMP)
 	$(BIN)/python examples/ablations.py --docs docs

@@ -11,6 +11,9 @@ and each rank's logs. Parts of it:
 
     python examples/demo.py --only adamw --lr 4e-3 --out runs/adamw-4e-3
     python examples/demo.py --steps 20 --out runs/smoke
+    python examples/demo.py --fp8 tensorwise --out runs/demo-fp8    # make demo FP8=1
+
+The last trains with Muon twice, in bf16 and with the experts in FP8, which a CPU emulates: docs/fp8.md.
 """
 
 from __future__ import annotations
@@ -45,6 +48,9 @@ SEQUENCE_LENGTH = 256
 VALIDATION_BATCH = 64
 STEPS_PER_EVALUATION = 10
 RUNS = {"adamw": [], "muon": ["--distributed-muon", "--muon-ns-dtype", "fp32"]}
+# Not blockwise: a rank has half a shared expert, 64 wide, and its blocks are 128.
+FP8_RECIPES = ("tensorwise", "delayed", "mxfp8")
+RUNS |= {f"muon_{recipe}": [*RUNS["muon"], "--muon-moe-fp8", recipe] for recipe in FP8_RECIPES}
 
 # The run that goes on from the Muon run's checkpoint, and what its layout changes.
 RESUMED = "resumed"
@@ -72,10 +78,10 @@ def model_flags() -> list[str]:
 
 
 def training_flags(run: str, *, steps: int, lr: float, corpus: Path, tensorboard: Path) -> list[str]:
-    """A run's Megatron flags: the model's, those of all runs, and the optimizer's.
+    """A run's Megatron flags: the model's, those of all runs, and the run's own.
 
     Args:
-        run: `adamw` or `muon`.
+        run: One of `RUNS`.
         steps: Training steps, at least 2.
         lr: Peak learning rate: warmed up over the first tenth of the steps, then a cosine down to a tenth of it.
         corpus: Where `train` and `valid` are.
@@ -332,13 +338,16 @@ def main() -> None:
         help=f"training steps of {GLOBAL_BATCH} x {SEQUENCE_LENGTH} bytes (default: %(default)s)",
     )
     parser.add_argument("--lr", type=float, default=LEARNING_RATE, help="peak learning rate (default: %(default)s)")
-    parser.add_argument("--only", choices=tuple(RUNS), help="one of the two runs")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--only", choices=tuple(RUNS), help="this run alone")
+    chosen.add_argument("--fp8", choices=FP8_RECIPES, help="Muon in bf16, and with the experts in emulated FP8")
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="where to write (default: %(default)s)")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     console = Console()
     try:
-        run_demo([options.only] if options.only else list(RUNS), options.steps, options.lr, options.out, console)
+        runs = ["muon", f"muon_{options.fp8}"] if options.fp8 else [options.only] if options.only else ["adamw", "muon"]
+        run_demo(runs, options.steps, options.lr, options.out, console)
     except ValueError as error:
         parser.error(str(error))
     except RunFailed as error:

@@ -25,6 +25,10 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 
 LABELS = {"adamw": "AdamW", "muon": "Muon", "resumed": "resumed"}
 COLORS = {"adamw": "tab:gray", "muon": "tab:red"}
+# Muon with experts in FP8, by recipe.
+FP8_PREFIX = "muon_"
+for _recipe, _color in (("delayed", "tab:purple"), ("tensorwise", "tab:blue"), ("mxfp8", "tab:green")):
+    LABELS[FP8_PREFIX + _recipe], COLORS[FP8_PREFIX + _recipe] = f"Muon, FP8 {_recipe}", _color
 
 # Megatron's timers of the first step run on into the second, and both allocate state.
 WARMUP_STEPS = 2
@@ -164,13 +168,13 @@ def summarize(logs: Mapping[str, RunLog], tokens_per_step: int) -> dict[str, dic
     """The report's numbers.
 
     Args:
-        logs: Finished runs by name, of `adamw` and `muon`.
+        logs: Finished runs by name.
         tokens_per_step: Bytes of text in a global batch.
 
     Returns:
         For each run: `steps`, `tokens`, `final_validation_loss` (nats per byte), `tokens_to_adamw_loss` (None where
-        AdamW was not run or its final loss not reached), `optimizer_state_bytes` by rank, `optimizer_step_ms` and
-        `step_ms` (medians), `tokens_per_s`.
+        AdamW was not run or its final loss not reached), `loss_minus_bf16` (None but for FP8 runs beside the bf16
+        one), `optimizer_state_bytes` by rank, `optimizer_step_ms` and `step_ms` (medians), `tokens_per_s`.
 
     Raises:
         ValueError: If a run has no validation loss.
@@ -189,6 +193,7 @@ def summarize(logs: Mapping[str, RunLog], tokens_per_step: int) -> dict[str, dic
             "steps": last,
             "tokens": last * tokens_per_step,
             "final_validation_loss": log.validation_loss[last],
+            "loss_minus_bf16": _loss_minus_bf16(name, logs),
             "tokens_to_adamw_loss": None if reached is None else round(reached * tokens_per_step),
             "optimizer_state_bytes": [dict(rank) for rank in log.state_bytes],
             "optimizer_step_ms": log.median_ms(log.optimizer_s),
@@ -196,6 +201,13 @@ def summarize(logs: Mapping[str, RunLog], tokens_per_step: int) -> dict[str, dic
             "tokens_per_s": 1e3 * tokens_per_step / step_ms,
         }
     return summary
+
+
+def _loss_minus_bf16(name: str, logs: Mapping[str, RunLog]) -> float | None:
+    bf16 = logs.get("muon")
+    if bf16 is None or not name.startswith(FP8_PREFIX):
+        return None
+    return logs[name].validation_loss[max(logs[name].validation_loss)] - bf16.validation_loss[max(bf16.validation_loss)]
 
 
 def table(summary: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -213,6 +225,12 @@ def table(summary: Mapping[str, Mapping[str, Any]]) -> Table:
 
     rows: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "final validation loss, nats/byte": lambda run: f"{run['final_validation_loss']:.3f}",
+    }
+    if any(run["loss_minus_bf16"] is not None for run in summary.values()):
+        rows["that minus bf16's"] = lambda run: (
+            "" if run["loss_minus_bf16"] is None else f"{run['loss_minus_bf16']:+.4f}"
+        )
+    rows |= {
         "tokens to AdamW's final loss": reached,
         "optimizer state, bytes per rank": lambda run: _range([sum(r.values()) for r in run["optimizer_state_bytes"]]),
         "optimizer step, ms (median)": lambda run: f"{run['optimizer_step_ms']:.0f}",

@@ -26,6 +26,7 @@ MlaSplit = Literal["none", "part", "head"]
 Balance = Literal["time", "flops"]
 RouterOptimizer = Literal["muon", "adam"]
 InitFromAdamW = Literal["refuse", "momentum", "fresh"]
+MoeFp8 = Literal["off", "delayed", "tensorwise", "blockwise", "mxfp8"]
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -161,6 +162,14 @@ class MuonConfig:
     )
     verify_checkpoint: bool = field(
         default=True, metadata={"help": "check a checkpoint's files and tensors against its manifest before loading"}
+    )
+
+    moe_fp8: MoeFp8 = field(
+        default="off",
+        metadata={
+            "help": "run the linears of routed and shared experts in Transformer Engine's FP8 with this recipe, and "
+            "leave everything else in bf16; on a CPU: emulated"
+        },
     )
 
     def __post_init__(self) -> None:

@@ -51,6 +51,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("splits", 3, "expected str"),
     ("split_gated", 0, "expected bool"),
     ("router", "sgd", "expected one of 'muon', 'adam'"),
+    ("moe_fp8", "e5m2", "expected one of 'off', 'delayed', 'tensorwise', 'blockwise', 'mxfp8'"),
     ("init_from_adamw", "zero", "expected one of 'refuse', 'momentum', 'fresh'"),
     ("tp_mode", "duplicated", "expected one of 'exact', 'blockwise'"),
     ("batched", None, "expected bool"),
@@ -252,6 +253,7 @@ OTHER_VALUES: dict[str, Any] = dict(
     log_params=True,
     init_from_adamw="fresh",
     verify_checkpoint=False,
+    moe_fp8="blockwise",
 )
 
 

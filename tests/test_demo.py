@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import hashlib
 import json
 import os
@@ -138,6 +139,16 @@ def test_summary_says_when_adamws_loss_was_not_reached_or_is_unknown() -> None:
         demo_report.summarize({"adamw": RunLog()}, tokens_per_step=10)
 
 
+def test_summary_of_fp8_beside_bf16() -> None:
+    bf16, fp8 = _log({2: 4.0, 4: 2.5}), _log({2: 4.5, 4: 2.625})
+    summary = demo_report.summarize({"muon": bf16, "muon_mxfp8": fp8}, tokens_per_step=10)
+    assert (summary["muon"]["loss_minus_bf16"], summary["muon_mxfp8"]["loss_minus_bf16"]) == (None, 0.125)
+    shown = _rendered(summary)
+    assert "that minus bf16's" in shown and "+0.1250" in shown and "Muon, FP8 mxfp8" in shown
+    assert "minus bf16" not in _rendered(demo_report.summarize({"muon": bf16}, tokens_per_step=10))
+    assert "minus bf16" not in _rendered(demo_report.summarize({"muon_mxfp8": fp8}, tokens_per_step=10))
+
+
 def _rendered(summary: dict[str, dict[str, Any]]) -> str:
     console = Console(width=120)
     with console.capture() as capture:
@@ -199,6 +210,30 @@ def test_runs_differ_in_the_optimizer_only() -> None:
     adamw, muon = _flags("adamw"), _flags("muon")
     assert muon[: len(adamw)] == adamw
     assert muon[len(adamw) :][0] == "--distributed-muon"
+
+
+@pytest.mark.parametrize("recipe", demo.FP8_RECIPES)
+def test_fp8_runs_differ_from_muons_in_the_recipe_only(recipe: str) -> None:
+    run = f"muon_{recipe}"
+    assert _flags(run) == [*_flags("muon"), "--muon-moe-fp8", recipe]
+    assert run in demo_report.LABELS and run in demo_report.COLORS
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed", "mxfp8", "blockwise"])
+def test_the_model_takes_the_recipes_that_are_offered(recipe: str) -> None:
+    from megatron.training.arguments import add_megatron_arguments
+
+    from megatron_muon.megatron.fp8_checks import check_arguments_fp8
+
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_megatron_arguments(parser)
+    args = parser.parse_args([*_flags("adamw"), "--transformer-impl", "local"])
+    check: Any = functools.partial(check_arguments_fp8, args, recipe, cpu=True)
+    if recipe in demo.FP8_RECIPES:
+        check()
+    else:
+        with pytest.raises(ValueError, match=r"moe-shared-expert-intermediate-size 128 / .* got 64 on a rank"):
+            check()
 
 
 def test_flags_are_megatrons_and_make_a_moonlight() -> None:

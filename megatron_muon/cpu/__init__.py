@@ -7,11 +7,12 @@ of torch and Megatron that need CUDA. Importing this package changes nothing.
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from .flags import REQUIRED_FLAGS, cpu_arguments
 from .redirect import Redirect, apply_redirects, mismatch_error
 
-__all__ = ["REQUIRED_FLAGS", "all_redirects", "cpu_arguments", "install", "is_installed"]
+__all__ = ["REQUIRED_FLAGS", "all_redirects", "cpu_arguments", "emulate_fp8", "install", "is_installed"]
 
 _installed = False
 
@@ -26,6 +27,13 @@ def all_redirects() -> list[Redirect]:
     from . import adam, collectives, devices, modules, runtime
 
     return [redirect for part in (devices, collectives, modules, adam, runtime) for redirect in part.redirects()]
+
+
+def emulate_fp8(model: nn.Module, recipe: str, fp8_format: str) -> list[str]:
+    """`fp8.emulate_fp8`: experts in emulated FP8. Imports megatron.core."""
+    from .fp8 import emulate_fp8
+
+    return emulate_fp8(model, recipe, fp8_format)
 
 
 def install() -> None:

@@ -17,7 +17,9 @@ from types import MappingProxyType
 from typing import Any, get_args, get_type_hints
 
 from megatron_muon.config import PRESETS, MuonConfig, Preset
+from megatron_muon.megatron import moe_fp8
 from megatron_muon.megatron.checks import check_arguments, check_mup
+from megatron_muon.megatron.fp8_checks import Machine, check_arguments_fp8, is_emulated
 from megatron_muon.newton_schulz import ALIASES
 from megatron_muon.split_file import load_split_rows
 
@@ -133,7 +135,9 @@ def _flags() -> Iterator[tuple[str, str, dict[str, Any]]]:
             yield setting.name, f"--muon-{name}", {**common, "type": hints[setting.name], "help": text}
 
 
-def apply(args: argparse.Namespace, changes: ParserChanges, *, cpu: bool = False) -> MuonConfig | None:
+def apply(
+    args: argparse.Namespace, changes: ParserChanges, *, cpu: bool = False, machine: Machine | None = None
+) -> MuonConfig | None:
     """Completes parsed arguments: for Distributed Muon, or exactly as stock Megatron would have parsed them.
 
     Runs before Megatron's `validate_args`. With `--distributed-muon` the optimizer becomes adam, since `validate_args`
@@ -144,6 +148,7 @@ def apply(args: argparse.Namespace, changes: ParserChanges, *, cpu: bool = False
         args: Parsed by a parser that `add_arguments` extended. Mutated.
         changes: What `add_arguments` returned for that parser.
         cpu: Whether the CPU backend is active. Newton-Schulz then runs in fp32 unless told otherwise.
+        machine: What FP8 is checked against; None asks this machine, where FP8 is asked for.
 
     Returns:
         The settings, or None without `--distributed-muon`.
@@ -152,6 +157,7 @@ def apply(args: argparse.Namespace, changes: ParserChanges, *, cpu: bool = False
         ValueError: If a value is bad, --muon-splits names a bad file, flags contradict each other, or flags of this
             package are given without `--distributed-muon`.
         NotImplementedError: If something is asked for that Distributed Muon does not support.
+        RuntimeError: If FP8 is asked for and this machine cannot run it.
     """
     if not args.distributed_muon:
         _restore_upstream(args, changes)
@@ -167,8 +173,22 @@ def apply(args: argparse.Namespace, changes: ParserChanges, *, cpu: bool = False
     check_mup(getattr(args, "use_mup", False), config.scale_mode)
     if config.splits:
         load_split_rows(config.splits)  # bad rows are told before anything starts
+    _apply_fp8(args, config, cpu=cpu, machine=machine)
     _write_back(args, config)
     return config
+
+
+def _apply_fp8(args: argparse.Namespace, config: MuonConfig, *, cpu: bool, machine: Machine | None) -> None:
+    """Checks what is asked of FP8, and sets the flags of Megatron that `--muon-moe-fp8` implies; says which."""
+    check_arguments_fp8(args, config.moe_fp8, cpu=cpu, machine=machine)
+    if config.moe_fp8 == "off":
+        return
+    if is_emulated(args, config.moe_fp8, cpu=cpu):
+        say(f"--muon-moe-fp8 {config.moe_fp8}: the experts' products are emulated in fp32 on this CPU")
+        return
+    for dest, value in moe_fp8.implied_arguments(config.moe_fp8).items():
+        setattr(args, dest, value)
+        say(f"--muon-moe-fp8 {config.moe_fp8} sets {moe_fp8.spell(dest, value)}")
 
 
 def config_from_args(args: argparse.Namespace) -> MuonConfig:

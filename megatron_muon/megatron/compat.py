@@ -8,6 +8,7 @@ that no longer fits must not fall back to training without Muon.
 |---|---|
 | `megatron.training.arguments.parse_args` | adds the flags, and completes the arguments before `validate_args` |
 | `DistributedDataParallel.__init__` | every loop wraps its model with it: tags decide which buffer a parameter gets |
+| `TransformerLayer.__init__` | with FP8 weights for experts alone, a layer needs its name while it is built |
 | `wrap_model_chunks_with_ddp`, `_ddp_wrap` | megatron.training computes DDP's layouts before it, and needs the tags |
 | `get_megatron_optimizer` | every loop builds its optimizer with it |
 | `get_mup_config_overrides` | muP's multipliers for AdamW's matrices must not reach Muon's |
@@ -33,7 +34,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.megatron import arguments
+from megatron_muon.megatron import arguments, moe_fp8
 from megatron_muon.megatron.checks import check_megatron_version, check_mup
 from megatron_muon.megatron.kernels import check_fused_kernels
 
@@ -73,6 +74,7 @@ def install_core_seams() -> None:
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
     from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
     from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.transformer.transformer_layer import TransformerLayer
 
     from megatron_muon.megatron import manifest
 
@@ -140,6 +142,14 @@ def install_core_seams() -> None:
         manifest.waiting_seam,
         ("self", "blocking", "no_dist"),
         version,
+    )
+    _wrap(
+        TransformerLayer,
+        "__init__",
+        _layer_seam,
+        ("self", "config", "submodules", "layer_number"),
+        version,
+        exact=False,
     )
 
 
@@ -297,11 +307,22 @@ def _ddp_seam(original: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         # A model without DistributedOptimizer, such as a frozen reference model, is not Muon's to train.
         if _active is not None and ddp_config.use_distributed_optimizer:
+            emulate = sys.modules["megatron_muon.cpu"].emulate_fp8 if cpu_backend_installed() else None
+            moe_fp8.prepare_model(module, _active.moe_fp8, emulate=emulate)
             _tag([module])
             if full_param_layout is not None and not _fits(full_param_layout, module, ddp_config):
                 # Computed from the untagged parameters; DDP computes the same layout for the tagged ones.
                 full_param_layout = None
         original(self, config, ddp_config, module, disable_bucketing, pg_collection, full_param_layout)
+
+    return __init__
+
+
+def _layer_seam(original: Callable[..., None]) -> Callable[..., None]:
+    def __init__(self: Any, config: Any, submodules: Any, layer_number: int = 1, *args: Any, **kwargs: Any) -> None:
+        if _active is not None and _active.moe_fp8 != "off":
+            kwargs["name"] = moe_fp8.layer_name(kwargs.get("name"), layer_number)
+        original(self, config, submodules, layer_number, *args, **kwargs)
 
     return __init__
 
