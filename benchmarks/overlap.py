@@ -15,8 +15,6 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,68 +22,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-import megatron_muon.optimizer as optimizer_module
 from megatron_muon.config import MuonConfig
 from megatron_muon.matrices import MatrixSpec, whole
 from megatron_muon.optimizer import ShardedMuon
-from megatron_muon.pipeline import Span, hidden_share
+from megatron_muon.phases import LABELS
+from megatron_muon.pipeline import hidden_share
 from megatron_muon.plan import CostModel, OwnershipPlan, PlanOptions, ShardedMatrix, Slice, build_plan
-
-
-@dataclass
-class Timeline:
-    """When collectives were under way and when their rank waited for them, in seconds of `time.perf_counter`."""
-
-    in_flight: list[Span] = field(default_factory=list)
-    waiting: list[Span] = field(default_factory=list)
-    computing: list[Span] = field(default_factory=list)
-
-    def watch(self, work: Any) -> Any:
-        """Notes when a collective that was issued now completes, and returns it with a `wait` that is noted too."""
-        issued = time.perf_counter()
-        # The future completes on Gloo's thread, when the data is there, and not when somebody waits for it.
-        work.get_future().add_done_callback(lambda _: self.in_flight.append((issued, time.perf_counter())))
-        return _Watched(work, self)
-
-    def hidden(self) -> float:
-        """The hidden share of everything noted so far."""
-        return hidden_share(self.in_flight, self.waiting)
-
-
-@dataclass
-class _Watched:
-    work: Any
-    timeline: Timeline
-
-    def wait(self) -> None:
-        start = time.perf_counter()
-        self.work.wait()
-        self.timeline.waiting.append((start, time.perf_counter()))
-
-
-def watch(timeline: Timeline) -> Callable[[], None]:
-    """Makes asynchronous `all_to_all_single`s and Newton-Schulz of this process known to a timeline.
-
-    Returns:
-        What undoes it.
-    """
-    all_to_all, compute = dist.all_to_all_single, optimizer_module.orthogonalized_updates
-
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        return timeline.watch(all_to_all(*args, **kwargs))
-
-    def timed(*args: Any, **kwargs: Any) -> None:
-        start = time.perf_counter()
-        compute(*args, **kwargs)
-        timeline.computing.append((start, time.perf_counter()))
-
-    def undo() -> None:
-        dist.all_to_all_single = all_to_all
-        optimizer_module.orthogonalized_updates = compute
-
-    dist.all_to_all_single = watched
-    optimizer_module.orthogonalized_updates = timed
-    return undo
+from megatron_muon.timing.recording import HostClock, Recording, Span
 
 
 def make_plan(world_size: int, matrices: int, size: int, buffer_bytes: int) -> OwnershipPlan:
@@ -124,16 +67,22 @@ def measure(rank: int, world_size: int, matrices: int, size: int, buffer_bytes: 
     rows: dict[str, list[float]] = {"step": [], "in_flight": [], "waiting": [], "hidden": [], "alone": []}
     for _ in range(steps):
         dist.barrier()
-        timeline = Timeline()
-        undo = watch(timeline)
-        start = time.perf_counter()
+        recording = Recording(HostClock())
+        optimizer.exchange.watch = recording.watch("dense")
         optimizer.step()
-        rows["step"].append(time.perf_counter() - start)
-        undo()
+        recorded = recording.finish()
+        optimizer.exchange.watch = LABELS
         dist.barrier()
-        rows["in_flight"].append(sum(b - a for a, b in timeline.in_flight))
-        rows["waiting"].append(sum(b - a for a, b in timeline.waiting))
-        rows["hidden"].append(timeline.hidden())
+        start = recorded.whole.start_ns / 1e9
+        spans = {
+            "in_flight": [_seconds(span) for span in recorded.flights],
+            "computing": [_seconds(span) for span in recorded.busy if span.name == "newton_schulz"],
+            "waiting": [_seconds(span) for span in recorded.busy if span.name == "wait"],
+        }
+        rows["step"].append(recorded.whole.ms / 1e3)
+        rows["in_flight"].append(sum(b - a for a, b in spans["in_flight"]))
+        rows["waiting"].append(sum(b - a for a, b in spans["waiting"]))
+        rows["hidden"].append(hidden_share(spans["in_flight"], spans["waiting"]))
         rows["alone"].append(exchange_alone(optimizer, slices))
     medians = {name: statistics.median(values) for name, values in rows.items()}
     return {
@@ -141,11 +90,12 @@ def measure(rank: int, world_size: int, matrices: int, size: int, buffer_bytes: 
         "rounds": len(plan.rounds),
         **medians,
         "waiting_of_alone": medians["waiting"] / medians["alone"],
-        "timeline": {
-            kind: [(1e3 * (a - start), 1e3 * (b - start)) for a, b in getattr(timeline, kind)]
-            for kind in ("in_flight", "computing", "waiting")
-        },
+        "timeline": {kind: [(1e3 * (a - start), 1e3 * (b - start)) for a, b in of] for kind, of in spans.items()},
     }
+
+
+def _seconds(span: Span) -> tuple[float, float]:
+    return span.start_ns / 1e9, span.stop_ns / 1e9
 
 
 def exchange_alone(optimizer: ShardedMuon, slices: dict[int, torch.nn.Parameter]) -> float:

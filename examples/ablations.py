@@ -336,7 +336,7 @@ def document(results: Sequence[Result], steps: int) -> str:
     tokens = steps * demo.GLOBAL_BATCH * demo.SEQUENCE_LENGTH
     seeds = len({r.setting.seed for r in results})
     lines = [
-        "# Two findings of Moonlight's on the demo's scale",
+        "# Two findings of Moonlight's on the demo's scale, and momentum in bf16",
         "",
         f"`make ablations`: mini-Moonlight with Distributed Muon, {steps} steps, {tokens:,} bytes, {seeds} seed(s),",
         f"learning rate {demo.LEARNING_RATE}; all settings from the same weights on the same bytes. Weight RMS is the",

@@ -80,6 +80,10 @@ PRECISION=(
 # Keeps the experts' weights in FP8 instead of bf16, and gathers them as bytes; Muon updates fp32 shards in both cases.
 if [[ $FP8_WEIGHTS == 1 ]]; then
   PRECISION+=(--fp8-param-gather)
+  # mxfp8 has scales in two directions, so that bf16 is gathered, in the place of the gradients, and quantized by all.
+  if [[ $RECIPE == mxfp8 ]]; then
+    PRECISION+=(--reuse-grad-buf-for-mxfp8-param-ag)
+  fi
 fi
 
 # Muon with Moonlight's settings for matrices; AdamW, with these numbers, for embeddings, head and norms.

@@ -45,7 +45,7 @@ def load_split_rows(path: str) -> tuple[SplitRow, ...]:
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{FLAG} {path}: cannot be read: {error}") from error
+        raise ValueError(f"{FLAG} {path}: got what cannot be read, expected a YAML file of rows: {error}") from error
     if not isinstance(content, list) or not content:
         raise ValueError(f"{FLAG} {path}: got {type(content).__name__} at the top, expected a list of rows")
     rows = tuple(_row(f"{FLAG} {path}: row {number}", number, row) for number, row in enumerate(content, start=1))

@@ -300,7 +300,7 @@ BAD_WORDS: list[tuple[tuple[str, ...], type[Exception], str]] = [
         ValueError,
         "--muon-qkv-split: got 'qkv', expected 'none', which is what --muon-no-split-qkv means; give only one",
     ),
-    (("--muon-splits", "nowhere.yaml"), ValueError, "--muon-splits nowhere.yaml: cannot be read"),
+    (("--muon-splits", "nowhere.yaml"), ValueError, "--muon-splits nowhere.yaml: got what cannot be read"),
     (("--muon-scalar-optimizer", "lion"), NotImplementedError, "--muon-scalar-optimizer: got 'lion'"),
     (("--lr=-1e-3",), ValueError, "--lr: got -0.001"),
     (("--lr", "nan"), ValueError, "--lr: got nan"),

@@ -11,6 +11,7 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import jsonschema
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon.phases import LABELS
+from megatron_muon.profile import report
 from megatron_muon.timing.ranks import RankStep
 from megatron_muon.timing.steps import summarize_step
 from megatron_muon.timing.trace import file_name, read_trace
@@ -69,8 +71,9 @@ def session(
     settings: dict[str, Any],
     fault: Fault | None = None,
     teams: bool = False,
+    board: str = "",
 ) -> Session:
-    """`STEPS` steps with a fault on rank 1."""
+    """`STEPS` steps with a fault on rank 1; `board` is Megatron's TensorBoard directory."""
     from megatron.training import global_vars
 
     from megatron_muon.plan import CostModel
@@ -78,6 +81,8 @@ def session(
     writer = Writer()
     if rank == world_size - 1:
         global_vars._GLOBAL_TENSORBOARD_WRITER = writer
+    if board:
+        global_vars._GLOBAL_ARGS = SimpleNamespace(tensorboard_dir=board)
     if teams:
         # Talking costs nothing, so that every matrix is shared.
         CostModel.for_device = lambda device_type: replace(FREE, device_type=device_type)  # type: ignore[method-assign]
@@ -270,6 +275,33 @@ def test_log_and_writers(two: tuple[list[Session], Path]) -> None:
     assert last.scalars["muon_profile/exchange_hidden_share"] == summary.hidden_share
 
 
+LAYOUTS = {
+    "one rank": Layout(1),
+    "pp2": Layout(2, pp=2),
+    "ep2 dp2": Layout(4, ep=2),
+    "instances": Layout(4, instances=2),
+    "overlap": Layout(2, ddp=dict(overlap_grad_reduce=True, overlap_param_gather=True)),
+}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_other_layouts(tmp_path: Path, name: str) -> None:
+    layout = LAYOUTS[name]
+    plain = run_ranks(session, layout.world_size, layout, {})
+    sessions = run_ranks(session, layout.world_size, layout, settings(tmp_path))
+    assert same_training(plain, sessions)
+    for rank, seen in enumerate(sessions):
+        found = records(tmp_path, rank)
+        jsonschema.validate(json.loads((tmp_path / file_name(rank)).read_text()), SCHEMA)
+        assert sorted(found) == [2, 4]
+        for step, record in found.items():
+            assert (record.sent_bytes, record.team_bytes) == seen.planned
+            assert record.sent_bytes + record.team_bytes == seen.sent[step - 1]
+            assert ("param_gather" in record.busy_ms) == (name in ("ep2 dp2", "instances"))
+    assert report.main([str(tmp_path)]) == 0
+
+
 # Faults.
 
 
@@ -295,10 +327,13 @@ def test_a_disk_that_fills_up_leaves_the_steps_before(tmp_path: Path, plain: lis
 
 
 def test_a_clock_that_is_set_is_not_looked_at(tmp_path: Path, plain: list[Session]) -> None:
-    sessions = run_ranks(session, 2, TWO, settings(tmp_path), "clock")
+    """And without a directory of their own, traces go to TensorBoard's."""
+    sessions = run_ranks(session, 2, TWO, dict(profile=2), "clock", False, str(tmp_path))
     assert same_training(plain, sessions)
     for rank, seen in enumerate(sessions):
-        for event in read_trace(tmp_path / file_name(rank)).steps():
+        events = list(read_trace(tmp_path / "muon_profile" / file_name(rank)).steps())
+        assert len(events) == 2
+        for event in events:
             begun, ended = seen.bounds[event["args"]["record"]["step"] - 1]
             assert begun <= event["ts"] <= event["args"]["sync_us"] <= ended
 

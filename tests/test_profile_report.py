@@ -209,6 +209,7 @@ def test_a_device_without_space_is_given_up_once(tmp_path: Path) -> None:
     [
         (None, "which has no trace.rank\\*.json; train with --muon-profile N"),
         ("{}", "got no trace of --muon-profile"),
+        ('{"otherData":{},"traceEvents":[]}', "got no trace of --muon-profile"),
         ('{"displayTimeUnit":"ms","otherData":{"run":"r","rank":0},"traceEvents":[\n]}', "have no step"),
         (
             '{"otherData":{"rank":0},"traceEvents":[{"cat":"step","ph":"X","args":{"record":{"step":1}}}]}',
@@ -225,6 +226,17 @@ def test_the_report_refuses(
     assert capsys.readouterr().out.startswith("report: ")
     with pytest.raises(ValueError, match=message):
         merge(tmp_path)
+
+
+def test_numbers_that_are_none_are_refused(tmp_path: Path) -> None:
+    write_traces(tmp_path, {0: range(2, 3)})
+    path = tmp_path / file_name(0)
+    for good, bad in (('"wall_ms":10.0', '"wall_ms":"<b>"'), ('"sent_bytes":14000000', '"sent_bytes":-1')):
+        content = path.read_text()
+        path.write_text(content.replace(good, bad))
+        with pytest.raises(ValueError, match="step 2 has a number that is none; remove the file"):
+            merge(tmp_path)
+        path.write_text(content)
 
 
 # The page.

@@ -6,7 +6,7 @@ import functools
 import itertools
 import json
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron_muon.config import MuonConfig
 from megatron_muon.kinds import FILE_NAME
 from megatron_muon.qk_clip import ClipRule, HeadRows, grouped_rows, mla_key_rows, mla_query_rows, scale_rows
-from tests.checkpoints import EXACT, Run, assemble, build, with_config
+from tests.checkpoints import Run, assemble, build, with_config
 from tests.distributed import RankError, run_ranks
 from tests.models import Layout, initialize, make_chunks, make_config
 from tests.test_metrics import count_collectives
@@ -264,13 +263,13 @@ def clip_only(run: Run) -> list[dict[str, list[float]]]:
     return maxima
 
 
-def session(rank: int, world_size: int, model: str, layout: Layout, muon: MuonConfig) -> Outcome:
+def session(rank: int, world_size: int, model: str, layout: Layout) -> Outcome:
     """A step without QK-Clip, and from the same weights some with it."""
     from megatron.core import parallel_state as ps
 
     outcome = Outcome()
     counts = count_collectives()
-    run = large_logits(model, layout, muon=muon)
+    run = large_logits(model, layout)
     assert run.optimizer.qk_clip is None
     run.train(1)
     outcome.plain = run.pieces()
@@ -279,7 +278,7 @@ def session(rank: int, world_size: int, model: str, layout: Layout, muon: MuonCo
     run.train(1)
     outcome.plain_collectives = {name: counts[name] - before[name] for name in counts}
 
-    run = large_logits(model, with_config(layout, **CLIP), muon=muon, initialized=True)
+    run = large_logits(model, with_config(layout, **CLIP), initialized=True)
     clip = run.optimizer.qk_clip
     outcome.tp_rank, outcome.shares_groups = ps.get_tensor_model_parallel_rank(), clip._shares_groups
     watch(run, outcome.maxima)
@@ -291,7 +290,7 @@ def session(rank: int, world_size: int, model: str, layout: Layout, muon: MuonCo
         outcome.pieces.append(run.pieces())
         outcome.metrics.append((clip.maxima(), clip.counts()))
 
-    settings = dict(muon=muon, initialized=True, lr=0.0, weight_decay=0.0)
+    settings = dict(initialized=True, lr=0.0, weight_decay=0.0)
     run = large_logits(model, with_config(layout, **CLIP), **settings)
     outcome.clipped_only, outcome.agrees = clip_only(run), agree(run)
     return outcome
@@ -345,22 +344,20 @@ def by_hand(name: str, whole: Tensor, maxima: dict[str, list[float]], config: An
     return whole * factors.float().view(-1, *(1,) * (whole.dim() - 1))
 
 
-# Muon does not split QKV where tensor-parallel ranks share query groups.
-FUSED = replace(EXACT, split_qkv=False)
-RUNS: dict[str, tuple[str, Layout, MuonConfig]] = {
-    "dense": ("dense", Layout(1), EXACT),
-    "dense, dp2": ("dense", Layout(2), EXACT),
-    "dense, tp2": ("dense", Layout(2, tp=2), EXACT),
-    "dense, tp2 dp2": ("dense", Layout(4, tp=2, sequence_parallel=True), EXACT),
-    "dense, cp2": ("dense", Layout(2, cp=2), EXACT),
-    "dense, pp2": ("dense", Layout(2, pp=2), EXACT),
-    "dense, instances": ("dense", Layout(2, instances=2), EXACT),
-    "fused": ("dense", Layout(1), FUSED),
-    "fused, tp4": ("dense", Layout(4, tp=4), FUSED),
-    "mtp": ("dense", Layout(1, config=dict(mtp_num_layers=1)), EXACT),
-    "mtp, dp2": ("dense", Layout(2, config=dict(mtp_num_layers=1)), EXACT),
-    "mla": ("mla", Layout(1), EXACT),
-    "mla, tp2 dp2": ("mla", Layout(4, tp=2, ep=2, etp=1, sequence_parallel=True), EXACT),
+RUNS: dict[str, tuple[str, Layout]] = {
+    "dense": ("dense", Layout(1)),
+    "dense, dp2": ("dense", Layout(2)),
+    "dense, tp2": ("dense", Layout(2, tp=2)),
+    "dense, tp2 dp2": ("dense", Layout(4, tp=2, sequence_parallel=True)),
+    "dense, cp2": ("dense", Layout(2, cp=2)),
+    "dense, pp2": ("dense", Layout(2, pp=2)),
+    "dense, instances": ("dense", Layout(2, instances=2)),
+    # Two ranks to a query group.
+    "dense, tp4": ("dense", Layout(4, tp=4)),
+    "mtp": ("dense", Layout(1, config=dict(mtp_num_layers=1))),
+    "mtp, dp2": ("dense", Layout(2, config=dict(mtp_num_layers=1))),
+    "mla": ("mla", Layout(1)),
+    "mla, tp2 dp2": ("mla", Layout(4, tp=2, ep=2, etp=1, sequence_parallel=True)),
 }
 WIDER = ("dense, cp2", "dense, pp2", "dense, instances", "mtp, dp2")
 
@@ -368,15 +365,15 @@ WIDER = ("dense, cp2", "dense, pp2", "dense, instances", "mtp, dp2")
 @functools.cache
 def outcomes_of(name: str) -> list[Outcome]:
     """Of a session, run once."""
-    model, layout, muon = RUNS[name]
-    return run_ranks(session, layout.world_size, model, layout, muon)
+    model, layout = RUNS[name]
+    return run_ranks(session, layout.world_size, model, layout)
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.exhaustive) if name in WIDER else name for name in RUNS]
 )
 def test_a_step_with_clipping_is_one_without_and_then_clipping(name: str) -> None:
-    model, layout, _ = RUNS[name]
+    model, layout = RUNS[name]
     outcomes = outcomes_of(name)
     config = make_config(model, Layout(1, config=layout.config), torch.float32)
     maxima = maxima_of(outcomes, 0)
@@ -399,7 +396,7 @@ def test_a_step_with_clipping_is_one_without_and_then_clipping(name: str) -> Non
     "name",
     [
         pytest.param(name, marks=pytest.mark.exhaustive) if name in WIDER else name
-        for name, (_, layout, _) in RUNS.items()
+        for name, (_, layout) in RUNS.items()
         if layout.world_size > 1 and layout.cp == 1
     ],
 )
@@ -418,14 +415,14 @@ def test_weights_do_not_depend_on_the_layout(name: str) -> None:
         assert outcome.losses == pytest.approx(alone.losses, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", ["dense, tp2 dp2", "fused, tp4", "mla"])
+@pytest.mark.parametrize("name", ["dense, tp2 dp2", "dense, tp4", "mla"])
 def test_one_collective_a_step(name: str) -> None:
     for outcome in outcomes_of(name):
         more = {name: n - outcome.plain_collectives[name] for name, n in outcome.collectives[-1].items()}
         assert {name: n for name, n in more.items() if n} == {"all_reduce": 1}
 
 
-@pytest.mark.parametrize("name", ["dense, tp2 dp2", "fused, tp4", "mla, tp2 dp2"])
+@pytest.mark.parametrize("name", ["dense, tp2 dp2", "dense, tp4", "mla, tp2 dp2"])
 def test_metrics(name: str) -> None:
     outcomes = outcomes_of(name)
     for step in range(STEPS):
@@ -463,8 +460,8 @@ def test_logits_come_back_to_the_threshold(name: str) -> None:
 
 
 def in_bf16(rank: int, world_size: int, name: str) -> Outcome:
-    model, layout, muon = RUNS[name]
-    settings = dict(muon=muon, dtype=torch.bfloat16, lr=0.0, weight_decay=0.0)
+    model, layout = RUNS[name]
+    settings = dict(dtype=torch.bfloat16, lr=0.0, weight_decay=0.0)
     run = large_logits(model, with_config(layout, **CLIP), **settings)
     return Outcome(clipped_only=clip_only(run), agrees=agree(run))
 

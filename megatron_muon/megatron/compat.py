@@ -76,7 +76,7 @@ def install_core_seams() -> None:
     from megatron.core.distributed import DistributedDataParallel
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
-    from megatron_muon.megatron import manifest
+    from megatron_muon.megatron import manifest, writers
 
     _wrap(
         optimizer,
@@ -132,14 +132,14 @@ def install_core_seams() -> None:
     _wrap(
         FileSystemWriterAsync,
         "write_preloaded_data",
-        manifest.writing_seam,
+        writers.writing_seam,
         ("transform_list", "local_proc_idx", "write_bucket", "results_queue", "count_queue", "use_fsync", "kwargs"),
         version,
     )
     _wrap(
         PersistentAsyncCaller,
         "is_current_async_call_done",
-        manifest.waiting_seam,
+        writers.waiting_seam,
         ("self", "blocking", "no_dist"),
         version,
     )

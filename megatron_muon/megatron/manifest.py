@@ -12,8 +12,6 @@ same error.
 from __future__ import annotations
 
 import inspect
-import queue
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,12 +25,11 @@ from megatron_muon.checkpoints.manifest import Manifest, TensorEntry
 from megatron_muon.checkpoints.reader import TRACKER
 from megatron_muon.config import MuonConfig
 from megatron_muon.megatron.arguments import say
+from megatron_muon.megatron.writers import first_line
 
 Settings = Callable[[], MuonConfig | None]
 Seam = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-# How often a rank that waits for its writer looks whether it lives.
-_WAIT_S = 1.0
 # Megatron opens a checkpoint several times for one load: the directory whose files have been checked, its manifest.
 _checked: tuple[Path, Manifest | None] | None = None
 
@@ -86,56 +83,6 @@ def legacy_saving_seam(settings: Settings) -> Seam:
     return seam
 
 
-def writing_seam(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The seam around the function that writes a rank's file: Megatron keeps of its errors only the type."""
-
-    def write_preloaded_data(
-        transform_list: Any,
-        local_proc_idx: int,
-        write_bucket: Any,
-        results_queue: Any,
-        count_queue: Any,
-        use_fsync: bool,
-        **kwargs: Any,
-    ) -> Any:
-        output = original(transform_list, local_proc_idx, write_bucket, results_queue, count_queue, use_fsync, **kwargs)
-        # With a queue a thread has written, which may not raise.
-        if results_queue is None and isinstance(output[1], Exception):
-            name, _, contents = write_bucket
-            keys = [item.index.fqn for part in contents for item, _ in part]
-            free_bytes = shutil.disk_usage(Path(name).parent).free
-            raise OSError(
-                f"{name}: cannot be written ({_first_line(_cause(output[1]))}), {free_bytes} bytes are free there"
-                f"{files.named(keys, 'lost')}"
-            ) from output[1]
-        return output
-
-    return write_preloaded_data
-
-
-def waiting_seam(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The seam around the wait for a rank's persistent writer: Megatron waits for ever for one that was killed."""
-
-    def is_current_async_call_done(self: Any, blocking: bool = False, no_dist: bool = False) -> Any:
-        while self.process is not None and self.cur_item is None:
-            # Before the queue is looked at: what the writer has said before its end still counts.
-            alive = self.process.is_alive()
-            try:
-                self.cur_item = self._persistent_comp_q.get(timeout=_WAIT_S if blocking else 0.01)
-            except queue.Empty:
-                if not alive:
-                    raise RuntimeError(
-                        f"the process that writes this rank's checkpoints (pid {self.process.pid}) has ended without "
-                        "having finished one, killed perhaps for want of memory; the checkpoint it was at is not "
-                        "complete and does not count. Start the run again with --load"
-                    ) from None
-                if not blocking:
-                    break
-        return original(self, blocking, no_dist)
-
-    return is_current_async_call_done
-
-
 def opening_seam(settings: Settings) -> Seam:
     """The seam around the function with which megatron.training first looks at a checkpoint it is to load."""
 
@@ -149,10 +96,10 @@ def opening_seam(settings: Settings) -> Seam:
             try:
                 out = original(checkpoint_name, args)
             except (NotImplementedError, OSError) as error:
-                raise ValueError(
-                    f"{directory}: got no checkpoint there ({_first_line(error)}), expected one that was saved to the "
-                    f"end; {files.remedy(directory)}"
-                ) from error
+                raise _unfinished(directory, first_line(error)) from error
+            # What Megatron takes a torch_dist save for that has not been finished.
+            if out == "torch_dcp" and args.ckpt_format != out:
+                raise _unfinished(directory, "no metadata.json, which is written last")
             if config.verify_checkpoint and not verified:
                 _say_unverified(directory)
             return out
@@ -295,6 +242,13 @@ def _verify_once(directory: Path, group: dist.ProcessGroup | None = None) -> Man
     return found
 
 
+def _unfinished(directory: Path, reason: str) -> ValueError:
+    return ValueError(
+        f"{directory}: got no checkpoint there ({reason}), expected one that was saved to the end; "
+        f"{files.remedy(directory)}"
+    )
+
+
 def _say_unverified(directory: Path) -> None:
     say(f"{directory}: has no {files.NAME}, so it is loaded unverified")
 
@@ -317,10 +271,10 @@ def _explained(directory: Path) -> Iterator[None]:
     try:
         yield
     except (Exception, CheckpointException) as error:
-        reason = _first_line(error)
+        reason = first_line(error)
         if isinstance(error, CheckpointException):
             # Raised on all ranks at once, but only the first has been told why.
-            failures = {rank: _first_line(failure[0]) for rank, failure in error.failures.items()}
+            failures = {rank: first_line(failure[0]) for rank, failure in error.failures.items()}
             told = [f"rank {rank}: {text}" for rank, text in sorted(failures.items())]
             reason = _from_first(lambda: "; ".join(told))
         tracker = directory.parent / TRACKER
@@ -384,18 +338,3 @@ def _remote() -> bool:
         say("with the multi-storage client, checkpoints get no manifest and are not verified")
         return True
     return False
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What the system said, if it did: torch.save reports what it made of it."""
-    at: BaseException | None = error
-    while at is not None:
-        if isinstance(at, OSError):
-            return at
-        at = at.__cause__ or at.__context__
-    return error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().partition("\n")[0] or type(error).__name__
-    return text[:600]

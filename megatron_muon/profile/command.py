@@ -23,9 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["report"]:
         # It has a parser of its own.
-        from megatron_muon.profile import report  # type: ignore[attr-defined,unused-ignore]
+        from megatron_muon.profile import report
 
-        return int(report.main(words[1:]) or 0)
+        return report.main(words[1:])
     args = _parser().parse_args(words)
     return int(args.run(args))
 

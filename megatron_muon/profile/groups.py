@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,6 +125,13 @@ def make_groups(layout: Layout, kinds: Sequence[GroupKind]) -> list[Groups]:
             raise RuntimeError(f"Megatron made {kind} groups {ranks}, expected groups of {expected} ranks")
         chosen.setdefault(ranks, []).append(kind)
     return [Groups(tuple(same), ranks, made[same[0]]) for ranks, same in chosen.items()]
+
+
+def release_groups() -> None:
+    """Lets Megatron forget its groups, which go with the world's."""
+    parallel_state = sys.modules.get("megatron.core.parallel_state")
+    if parallel_state is not None:
+        parallel_state.destroy_model_parallel()
 
 
 def _megatron_groups(layout: Layout) -> dict[GroupKind, dist.ProcessGroup]:

@@ -83,6 +83,7 @@ class Row:
         count: Elements, in nccl-tests' sense.
         dtype: A key of `settings.DTYPE_BYTES`.
         redop: Reduction.
+        group_sizes_bytes: Size of each group's own.
         sent_bytes: For all_to_allv, what each rank sends to others, by group and rank.
         timings: By placement; None where there is none.
     """
@@ -95,6 +96,7 @@ class Row:
     count: int
     dtype: str
     redop: str
+    group_sizes_bytes: tuple[int, ...]
     sent_bytes: tuple[tuple[int, ...], ...]
     timings: Mapping[Placement, Timing | None]
 
@@ -119,7 +121,8 @@ class Row:
             return []
         slowest = (max(us for r in ranks if (us := timing.rank_us[r]) is not None) for ranks in self.ranks)
         factor = bus_factor(self.collective, self.world_size)
-        return [algorithm_bandwidth_gbps(self.size_bytes, us / 1e6) * factor for us in slowest]
+        sizes = self.group_sizes_bytes
+        return [algorithm_bandwidth_gbps(size, us / 1e6) * factor for size, us in zip(sizes, slowest, strict=True)]
 
     @property
     def wrong(self) -> int:
@@ -156,15 +159,17 @@ class Meter:
             parts = groups.world_size if collective in PER_RANK else 1
             own = groups.ranks[groups.own(rank)]
             task = Task(collective, own.index(rank), len(own), count, self._dtype, self.device, groups.group)
+            size_bytes = count * parts * element_bytes
             yield Row(
                 groups=groups.name,
                 ranks=groups.ranks,
                 collective=collective,
                 label="",
-                size_bytes=count * parts * element_bytes,
+                size_bytes=size_bytes,
                 count=count,
                 dtype=self.sweep.dtype,
                 redop=self.operations[collective].redop,
+                group_sizes_bytes=(size_bytes,) * len(groups.ranks),
                 sent_bytes=(),
                 timings=self._timings(task),
             )
@@ -204,6 +209,7 @@ class Meter:
                     count=max(sizes) // there[0].element_bytes,
                     dtype=_name(there[0].torch_dtype),
                     redop=self.operations["all_to_allv"].redop,
+                    group_sizes_bytes=tuple(sizes),
                     sent_bytes=tuple(exchanged_bytes(m, t.element_bytes) for m, t in zip(matrices, there, strict=True)),
                     timings=self._timings(task),
                 )

@@ -21,7 +21,7 @@ from megatron_muon.planning.stages import Layout
 from megatron_muon.profile import flight_recorder, links_table
 from megatron_muon.profile.busbw import Collective
 from megatron_muon.profile.collectives import OPERATIONS, PLACEMENTS, Operation
-from megatron_muon.profile.groups import Groups, choose_kinds, group_sizes, layout_for, make_groups
+from megatron_muon.profile.groups import Groups, choose_kinds, group_sizes, layout_for, make_groups, release_groups
 from megatron_muon.profile.links import Meter, Row
 from megatron_muon.profile.nvml import open_current_device
 from megatron_muon.profile.nvml_topology import topology_lines
@@ -89,22 +89,30 @@ def prepare(settings: LinkSettings, world_size: int) -> Request:
         etp=settings.etp,
         instances=settings.instances,
     )
+    if settings.backend == "nccl" and not torch.cuda.is_available():
+        raise ValueError("--backend: got nccl, expected gloo, since torch finds no CUDA device here")
     kinds = choose_kinds(layout, settings.groups)
     sizes = group_sizes(layout)
     for kind in kinds:
         for collective in settings.collectives:
             settings.sweep.counts(collective, sizes[kind])
+    if (settings.model or settings.traffic) and not {"tp_dp", "expert_tp_dp"} & set(kinds):
+        flag = "--model" if settings.model else "--traffic"
+        raise ValueError(
+            f"{flag}: got it for groups {', '.join(kinds)}, expected tp_dp or expert_tp_dp among them, over which "
+            "Distributed Muon exchanges; add them to --groups, or start more ranks"
+        )
     traffic: list[Traffic] = []
     if settings.traffic is not None:
         traffic = load_traffic(settings.traffic, layout)
     elif settings.model is not None:
         muon = {} if settings.exchange_dtype is None else {"exchange_dtype": settings.exchange_dtype}
-        traffic = model_traffic(settings.model, layout, MuonConfig(**muon))  # type: ignore[arg-type]  # it checks
-    flag = "--model" if settings.traffic is None else "--traffic"
-    if traffic and not {"tp_dp", "expert_tp_dp"} & set(kinds):
-        raise ValueError(
-            f"{flag}: got it for groups {', '.join(kinds)}, expected tp_dp or expert_tp_dp among them, over which "
-            "Distributed Muon exchanges; add them to --groups, or start more ranks"
+        traffic = model_traffic(
+            settings.model,
+            layout,
+            MuonConfig(**muon),  # type: ignore[arg-type]  # it checks
+            device_type=_device_type(settings),
+            ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
         )
     if settings.plot is not None and find_spec("matplotlib") is None:
         raise ValueError("--plot: needs matplotlib; run pip install matplotlib, or leave --plot out")
@@ -118,10 +126,14 @@ def prepare(settings: LinkSettings, world_size: int) -> Request:
     return Request(layout, tuple(kinds), tuple(traffic))
 
 
+def _device_type(settings: LinkSettings) -> str:
+    return "cuda" if settings.backend != "gloo" and torch.cuda.is_available() else "cpu"
+
+
 @contextmanager
 def _world(settings: LinkSettings) -> Iterator[torch.device]:
     """Makes the world's process group where there is none, and ends it; gives this rank's device."""
-    cuda = settings.backend == "nccl" or (settings.backend == "auto" and torch.cuda.is_available())
+    cuda = _device_type(settings) == "cuda"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -138,6 +150,7 @@ def _world(settings: LinkSettings) -> Iterator[torch.device]:
     try:
         yield device
     finally:
+        release_groups()
         dist.destroy_process_group()
 
 

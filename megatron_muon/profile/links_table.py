@@ -129,16 +129,17 @@ def pairs_lines(pairs: Pairs) -> Iterator[str]:
     size = len(pairs.gbps)
     yield f"# pairs: GB/s each way, both at once, {pairs.size_bytes} bytes, as the row's rank timed it"
     if size <= MATRIX_RANKS:
-        yield "# rank " + "".join(f"{rank:>8}" for rank in range(size)) + f"{'median':>10}"
+        yield "# rank " + "".join(f"{rank:>8}" for rank in range(size)) + f"{'of median':>12}"
         for rank, row in enumerate(pairs.gbps):
             cells = "".join(f"{'-' if value is None else f'{value:.2f}':>8}" for value in row)
-            yield f"  {rank:>4} {cells}{pairs.rank_medians[rank]:>10.2f}"
+            yield f"  {rank:>4} {cells}{pairs.rank_ratios[rank]:>12.2f}"
     else:
-        for (a, b), value in list(pairs.links.items())[:WORST]:
-            yield f"  {a:>5} - {b:<5} {value:>8.2f}"
-    (slowest, value), *_ = pairs.links.items()
-    a, b = slowest
-    yield f"# slowest link {a} - {b}: {value:.2f}, {value / pairs.median:.2f} of the median {pairs.median:.2f}"
+        for a, b in pairs.slowest[:WORST]:
+            yield f"  {a:>5} - {b:<5} {pairs.link(a, b):>8.2f}, {pairs.ratio(a, b):.2f} of the median"
+    for within, value in sorted(pairs.medians.items(), reverse=True):
+        yield f"# median {'within a host' if within else 'between hosts'}: {value:.2f}"
+    a, b = pairs.slowest[0]
+    yield f"# slowest link {a} - {b}: {pairs.link(a, b):.2f}, {pairs.ratio(a, b):.2f} of the median of its kind"
     named = [f"rank {rank}" for rank in pairs.slow_ranks] + [f"link {a} - {b}" for a, b in pairs.slow_links]
     yield f"# below {SUSPICIOUS} of the median: {', '.join(named) or 'none'}"
 

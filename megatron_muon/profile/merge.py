@@ -106,9 +106,12 @@ def merge(directory: Path) -> Merged:
 
 def _check(trace: Trace, record: RankStep) -> None:
     numbers = [record.wall_ms, record.in_flight_ms, record.exposed_ms, *record.busy_ms.values()]
-    numbers += [transfer.ms for transfer in record.transfers] + [product.ms for product in record.products]
+    numbers += [record.sent_bytes, record.team_bytes, record.planned_bytes, record.planned_team_bytes]
+    numbers += [record.flops, record.team_flops, record.param_gather_bytes]
+    numbers += [number for transfer in record.transfers for number in (transfer.ms, transfer.sent_bytes)]
+    numbers += [number for p in record.products for number in (p.ms, p.flops, p.traffic_bytes)]
     if not all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in numbers):
-        raise ValueError(f"{trace.path}: step {record.step} has a time that is none; remove the file")
+        raise ValueError(f"{trace.path}: step {record.step} has a number that is none; remove the file")
 
 
 def _of_one_run(traces: Sequence[Trace], notes: list[str]) -> dict[int, Trace]:

@@ -5,7 +5,10 @@ Collectives end for all ranks together, so that their times tell little about wh
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import combinations
 from statistics import median
 
 import torch
@@ -43,49 +46,58 @@ def tournament(world_size: int) -> list[list[tuple[int, int]]]:
 class Pairs:
     """What ranks reach with each other, both directions at once.
 
+    Links within a host and links between hosts are compared each with their own.
+
     Attributes:
         size_bytes: Sent in each direction.
         gbps: Of rank i with rank j, as i timed it, as [i][j], in GB/s of 1e9 bytes each way; None on the diagonal.
+        hosts: Of each rank.
     """
 
     size_bytes: int
     gbps: tuple[tuple[float | None, ...], ...]
+    hosts: tuple[str, ...]
 
     def link(self, a: int, b: int) -> float:
         """What the slower end of a pair saw."""
         ends = (self.gbps[a][b], self.gbps[b][a])
         return min(end for end in ends if end is not None)
 
-    @property
-    def links(self) -> dict[tuple[int, int], float]:
-        """Pair -> GB/s, slowest first."""
-        size = len(self.gbps)
-        pairs = {(a, b): self.link(a, b) for a in range(size) for b in range(a + 1, size)}
-        return dict(sorted(pairs.items(), key=lambda entry: entry[1]))
+    @cached_property
+    def medians(self) -> dict[bool, float]:
+        """Over the pairs, by whether they are within a host; of those that there are."""
+        by_kind: dict[bool, list[float]] = {}
+        for a, b in combinations(range(len(self.gbps)), 2):
+            by_kind.setdefault(self.hosts[a] == self.hosts[b], []).append(self.link(a, b))
+        return {within: median(values) for within, values in by_kind.items()}
+
+    def ratio(self, a: int, b: int) -> float:
+        """A link over the median of its kind."""
+        return self.link(a, b) / self.medians[self.hosts[a] == self.hosts[b]]
+
+    @cached_property
+    def slowest(self) -> list[tuple[int, int]]:
+        """Pairs, slowest for their kind first."""
+        return sorted(combinations(range(len(self.gbps)), 2), key=lambda pair: self.ratio(*pair))
 
     @property
-    def median(self) -> float:
-        """Over the pairs."""
-        return median(self.links.values())
-
-    @property
-    def rank_medians(self) -> tuple[float, ...]:
-        """Of each rank's links."""
+    def rank_ratios(self) -> tuple[float, ...]:
+        """The median of each rank's links over the medians of their kinds."""
         size = len(self.gbps)
-        return tuple(median(self.link(a, b) for b in range(size) if b != a) for a in range(size))
+        return tuple(median(self.ratio(a, b) for b in range(size) if b != a) for a in range(size))
 
     @property
     def slow_ranks(self) -> tuple[int, ...]:
         """Whose links are mostly below `SUSPICIOUS` of the median; with two ranks, none can be told."""
         if len(self.gbps) < 3:
             return ()
-        return tuple(rank for rank, value in enumerate(self.rank_medians) if value < SUSPICIOUS * self.median)
+        return tuple(rank for rank, ratio in enumerate(self.rank_ratios) if ratio < SUSPICIOUS)
 
     @property
     def slow_links(self) -> tuple[tuple[int, int], ...]:
         """Pairs below `SUSPICIOUS` of the median, but for those of slow ranks."""
         slow = set(self.slow_ranks)
-        return tuple(p for p, value in self.links.items() if value < SUSPICIOUS * self.median and not slow & set(p))
+        return tuple(pair for pair in self.slowest if self.ratio(*pair) < SUSPICIOUS and not slow & set(pair))
 
 
 def measure_pairs(meter: Meter, size_bytes: int) -> Pairs | None:
@@ -116,6 +128,6 @@ def measure_pairs(meter: Meter, size_bytes: int) -> Pairs | None:
         microseconds = meter.time_us(call, None)
         if peer is not None:
             own[peer] = size_bytes / microseconds / 1e3
-    gathered: list[list[float | None]] = [[] for _ in range(world_size)]
-    dist.all_gather_object(gathered, own)
-    return Pairs(size_bytes, tuple(map(tuple, gathered)))
+    gathered: list[tuple[list[float | None], str]] = [([], "")] * world_size
+    dist.all_gather_object(gathered, (own, platform.node()))
+    return Pairs(size_bytes, tuple(tuple(row) for row, _ in gathered), tuple(host for _, host in gathered))

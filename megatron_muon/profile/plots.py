@@ -134,7 +134,12 @@ def roofline(records: Sequence[RankStep], facts: RunFacts) -> bytes | None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
-    points = [(p.flops / p.traffic_bytes, 1e3 * p.flops / p.ms, r.rank) for r in records for p in r.products if p.ms]
+    points = [
+        (p.flops / p.traffic_bytes, 1e3 * p.flops / p.ms, r.rank)
+        for r in records
+        for p in r.products
+        if p.ms * p.flops * p.traffic_bytes > 0
+    ]
     if not points:
         return None
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -189,7 +194,7 @@ def bandwidths(records: Sequence[RankStep], facts: RunFacts) -> bytes | None:
             best[key] = (transfer.name, min(ms, transfer.ms), max(sent, transfer.sent_bytes))
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    series = {
+    series: dict[str, list[tuple[float, float]]] = {
         name: [(float(sent), 1e3 * sent / ms) for of, ms, sent in best.values() if of == name and sent and ms > 0]
         for name in FLIGHTS
     }

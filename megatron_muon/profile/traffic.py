@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_muon.config import TORCH_DTYPES, MuonConfig
+from megatron_muon.machines import GPUS_PER_NODE
 from megatron_muon.ownership import OwnershipPlan
+from megatron_muon.plan import CostModel
 from megatron_muon.planning.estimates import distinct_stages, stage_kinds, stage_plans
 from megatron_muon.planning.schemes import Settings
 from megatron_muon.planning.shapes import load_model
@@ -92,18 +95,35 @@ def plan_traffic(plan: OwnershipPlan, *, expert: bool, ranks: Sequence[int], dty
     return Traffic(expert, tuple(ranks), dtype, rounds)
 
 
-def model_traffic(model_name: str, layout: Layout, muon: MuonConfig) -> list[Traffic]:
+def model_traffic(
+    model_name: str,
+    layout: Layout,
+    muon: MuonConfig,
+    *,
+    device_type: str = "cuda",
+    ranks_per_node: int = GPUS_PER_NODE,
+) -> list[Traffic]:
     """The exchanges of all groups of a layout, as the plugin plans them for a model.
+
+    Layers are Transformer Engine's on a GPU and Megatron's local ones elsewhere; gradient reduction overlaps.
 
     Args:
         model_name: As for `planning.shapes.load_model`.
         layout: The layout.
         muon: Muon's settings.
+        device_type: Of the ranks, on which it depends whether they share matrices.
+        ranks_per_node: Consecutive global ranks that share a node.
 
     Raises:
         ValueError: If there is no such model, or it does not divide over the layout.
     """
-    model, settings = load_model(model_name), Settings(muon=muon)
+    model = load_model(model_name)
+    settings = Settings(
+        muon=muon,
+        impl="transformer_engine" if device_type == "cuda" else "local",
+        cost=CostModel.for_device(device_type),
+        gpus_per_node=ranks_per_node,
+    )
     check_experts(model, layout)
     per_stage = layout.dp * layout.tp
     out = []
@@ -119,6 +139,34 @@ def model_traffic(model_name: str, layout: Layout, muon: MuonConfig) -> list[Tra
                     ranks = [first + place for place in places]
                     out.append(plan_traffic(plan, expert=grid.expert, ranks=ranks, dtype=muon.exchange_dtype))
     return sorted(out, key=lambda t: (t.expert, t.ranks))
+
+
+def run_traffic(optimizer: Any) -> list[Traffic]:
+    """The exchanges of a run, for `save_traffic` on one rank. Collective over the world.
+
+    Args:
+        optimizer: As `megatron_muon.get_megatron_optimizer` returns it.
+
+    Raises:
+        ValueError: If none of its optimizers is Muon's.
+    """
+    from megatron_muon.megatron.distributed import MuonDistributedOptimizer
+
+    parts = [p for p in optimizer.chained_optimizers if isinstance(p, MuonDistributedOptimizer)]
+    if not parts:
+        raise ValueError("optimizer: got one without Muon, expected that of a run with --distributed-muon")
+    own = []
+    for part in parts:
+        exchange = part.optimizer.exchange
+        parameters = [p for buffer in part.buffers for p in buffer.params]
+        expert = any(not getattr(p, "allreduce", True) for p in parameters)
+        dtype = next(name for name, dtype in TORCH_DTYPES.items() if dtype == exchange.dtype)
+        if exchange.plan.matrices:
+            ranks = dist.get_process_group_ranks(exchange.group)
+            own.append(plan_traffic(exchange.plan, expert=expert, ranks=ranks, dtype=dtype))
+    gathered: list[list[Traffic]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, own)
+    return sorted({t for traffic in gathered for t in traffic}, key=lambda t: (t.expert, t.ranks))
 
 
 def save_traffic(path: Path, traffic: Sequence[Traffic]) -> None:

@@ -133,7 +133,7 @@ def read_links(path: str) -> dict[str, Ceiling]:
     out = {}
     for name, groups in _LINK_GROUPS.items():
         rows = [row for row in _rows(content) if str(row["collective"]).startswith(name)]
-        preferred = [row for row in rows if row.get("groups") == groups] or rows
+        preferred = [row for row in rows if groups in str(row.get("groups")).split("=")] or rows
         if rates := [rate for row in preferred for rate in _busbw(row)]:
             out[name] = Ceiling(1e9 * max(rates), f"measured, {Path(path).name}")
     if "all_to_all" not in out:

@@ -185,12 +185,13 @@ def read_trace(path: Path) -> Trace:
     text = path.read_text(encoding="utf-8", errors="replace")
     with contextlib.suppress(ValueError, KeyError, TypeError):
         content = json.loads(text)
-        return Trace(
-            path, dict(content["otherData"]), [e for e in content["traceEvents"] if isinstance(e, dict)], False
-        )
+        info = dict(content["otherData"])
+        int(info["rank"])
+        return Trace(path, info, [entry for entry in content["traceEvents"] if isinstance(entry, dict)], False)
     head, *lines = text.split("\n")
     try:
         info = dict(json.loads(head + "]}")["otherData"])
+        int(info["rank"])
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path}: got no trace of --muon-profile; remove it from the directory") from None
     found = []
