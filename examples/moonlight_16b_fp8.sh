@@ -30,6 +30,7 @@ MODEL=(
   --qk-layernorm                        # a norm on the compressed state
   --position-embedding-type rope        # positions rotate queries and keys
   --rope-type rope                      # MLA's default is YaRN
+  --no-rope-fusion                      # Megatron fuses MLA's rotation under YaRN only
   --rotary-base 50000                   # the slowest rotation's base
   --max-position-embeddings 8192        # longest sequence
   --swiglu                              # gated MLPs, also in experts

@@ -103,7 +103,10 @@ def check_adamws_step(traces: list[Trace], at: int, names: list[str]) -> None:
         torch.testing.assert_close(after[PARAM][name].double(), expected, rtol=0, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("script", [pytest.param(SCRIPT, marks=pytest.mark.exhaustive), BY_PROVIDER])
+@pytest.mark.parametrize(
+    "script",
+    [pytest.param(SCRIPT, marks=pytest.mark.exhaustive, id="by config"), pytest.param(BY_PROVIDER, id="by provider")],
+)
 def test_megatrons_muon_to_distributed_and_back(tmp_path: Path, script: str) -> None:
     """In bf16, which Megatron's Muon needs; its AdamW shards its state or not by how a script makes a model."""
     first = run("--bf16", *UPSTREAM, "--save", str(tmp_path / "first"), "--save-interval", "1", until=2, script=script)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -43,10 +44,15 @@ def value(byte: int, fp8: torch.dtype) -> Fraction | None:
     return None if magnitude > largest else magnitude * (-1 if byte >> 7 else 1)
 
 
+@functools.cache
+def values(fp8: torch.dtype) -> list[tuple[Fraction, int]]:
+    """A format's finite values, with their bytes."""
+    return [(v, byte) for byte in range(256) if (v := value(byte, fp8)) is not None]
+
+
 def nearest(number: Fraction, fp8: torch.dtype) -> Fraction:
     """The format's value nearest to a number, ties to the even byte, by trying all of them."""
-    known = [(v, byte) for byte in range(256) if (v := value(byte, fp8)) is not None]
-    return min(known, key=lambda pair: (abs(pair[0] - number), pair[1] % 2))[0]
+    return min(values(fp8), key=lambda pair: (abs(pair[0] - number), pair[1] % 2))[0]
 
 
 class TestQuantize:

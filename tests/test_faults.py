@@ -22,7 +22,7 @@ import torch
 
 from megatron_muon.checkpoints import manifest
 from tests.distributed import RankError, run_ranks
-from tests.training_runs import MODEL, MUON, TRAINING, Trace, differences, launch_ranks, train
+from tests.training_runs import MODEL, MUON, SCRIPT, TRAINING, Trace, differences, launch_ranks, train
 
 FULLY = shlex.split("--ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable")
 SAVED = "iter_0000004"
@@ -55,7 +55,7 @@ def faulty(rank: int, world_size: int, port: int, arguments: list[str], fault: F
     if fault == "kill in legacy" and rank == 1:
         torch.save = _killing(torch.save, before=False)
     try:
-        return train(rank, world_size, port, arguments, None)
+        return train(rank, world_size, port, SCRIPT, arguments, None)
     finally:
         kill_children()
 

@@ -73,6 +73,8 @@ ARGUMENTS: dict[str, Any] = dict(
     fp16=False,
     loss_scale=None,
     tensor_model_parallel_size=1,
+    ckpt_format="torch_dist",
+    load=None,
     expert_tensor_parallel_size=None,
     tensor_parallel_num_weight_shards=None,
     expert_tensor_parallel_num_weight_shards=None,
@@ -87,7 +89,7 @@ def test_mxfp8_gathers_through_the_gradients_buffer() -> None:
         check_arguments(SimpleNamespace(**asked))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("setting", ["moe_single_grouped_weight", "fp4_param_gather"])
+@pytest.mark.parametrize("setting", ["fp4_param_gather"])
 def test_flags_that_are_refused(setting: str) -> None:
     flag = f"--{setting.replace('_', '-')}"
     with pytest.raises(NotImplementedError, match=f"^{flag}: got True, expected False .*omit it$"):

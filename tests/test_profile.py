@@ -123,11 +123,12 @@ def count_bytes() -> list[int]:
     """One number: bytes that this rank's all-to-alls have sent to other ranks, exchange's and teams'."""
     total, original = [0], dist.all_to_all_single
 
-    def counting(receive: Any, send: Any, receive_splits: Any, send_splits: Any, **kwargs: Any) -> Any:
-        if kwargs.get("async_op"):
-            own = dist.get_rank(kwargs["group"])
-            total[0] += (sum(send_splits) - send_splits[own]) * send.element_size()
-        return original(receive, send, receive_splits, send_splits, **kwargs)
+    def counting(*args: Any, **kwargs: Any) -> Any:
+        # Megatron's own, of tokens, are called with names.
+        if len(args) == 4 and kwargs.get("async_op"):
+            _, send, _, splits = args
+            total[0] += (sum(splits) - splits[dist.get_rank(kwargs["group"])]) * send.element_size()
+        return original(*args, **kwargs)
 
     dist.all_to_all_single = counting
     return total

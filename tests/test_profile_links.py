@@ -29,7 +29,17 @@ from megatron_muon.profile.busbw import (
     bus_factor,
     exchanged_bytes,
 )
-from megatron_muon.profile.collectives import OPERATIONS, Buffers, Operation, Placement, Task, summands, summed
+from megatron_muon.profile.collectives import (
+    OPERATIONS,
+    Buffers,
+    Operation,
+    Placement,
+    Task,
+    count_wrong,
+    gathered_values,
+    summands,
+    summed,
+)
 from megatron_muon.profile.command import main
 from megatron_muon.profile.groups import choose_kinds, group_sizes, layout_for
 from megatron_muon.profile.links import Row, Timing
@@ -163,6 +173,18 @@ def test_sums_are_exact_in_every_type_and_order(world_size: int, name: str) -> N
     # Values depend on rank and place, or a mix-up would not show.
     assert summed(0, 1500, task).unique().numel() > 1
     assert not torch.equal(summands(0, 0, 256, task), summands(0, 1, 256, task))
+
+
+@pytest.mark.parametrize("world_size", [2, 8, 64])
+def test_what_is_sent_depends_on_sender_receiver_and_place(world_size: int) -> None:
+    """So that parts that reach another rank, lie in another's place, or are shifted, count as wrong."""
+    task = Task("all_to_all", 0, world_size, 0, torch.bfloat16, torch.device("cpu"), None)
+    reference = gathered_values(0, 1, 300, task)
+    others = [(source, 1) for source in range(1, world_size)] + [(0, t) for t in range(world_size) if t != 1]
+    for source, target in others:
+        assert count_wrong(gathered_values(source, target, 300, task), reference) == 300
+    assert count_wrong(reference[:-1], reference[1:]) == 299
+    assert count_wrong(torch.full((300,), float("nan")), reference) == 300
 
 
 # -- layouts and plans -----------------------------------------------------------------------------------------------

@@ -297,7 +297,7 @@ def test_shapes_in_the_docs() -> None:
     plain = {model: shapes_of_a_layer(model, MuonConfig()) for model in DOCUMENTED}
     heads = {m: shapes_of_a_layer(m, MuonConfig(qkv_split="head", mla_split="head")) for m in DOCUMENTED}
     expected: dict[str, list[str]] = {}
-    for name in {name for shapes in plain.values() for name in shapes if not name[-1].isdigit()}:
+    for name in {name for shapes in plain.values() for name in shapes if ".weight" not in name}:
         cells, cut = ([shapes[m].get(name, "") for m in DOCUMENTED] for shapes in (plain, heads))
         expected[f"`{name}`"] = cells
         if cut != cells:
@@ -430,7 +430,8 @@ def rows_by_model(rank: int, world_size: int) -> dict[str, Any]:
     layout = Layout(1)
     initialize(layout)
     out: dict[str, Any] = {"overlaps": []}
-    for model in MODELS:
+    # Transformer Engine's modules have tests of their own, where it is installed.
+    for model in (name for name in MODELS if not name.startswith("te")):
         out[model] = {}
         for entry in named_parameters(make_chunks(model, layout, torch.float32)):
             rows = registry("").matching(entry)

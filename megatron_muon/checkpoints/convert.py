@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from megatron_muon.checkpoints.groups import adam_settings, converted_common, source_momentum
 from megatron_muon.checkpoints.kinds import FULLY_RESHARDABLE, Parameter, kind_of, parameters, sharding
+from megatron_muon.checkpoints.manifest import manifest_of
 from megatron_muon.checkpoints.moments import largest_restart_factor, mean_squares, spread, square_factor
 from megatron_muon.checkpoints.reader import BACKEND, COMMON, TRACKER, Checkpoint
 from megatron_muon.checkpoints.writer import CheckpointWriter
@@ -131,6 +132,7 @@ def convert(
                     writer.copy(MetadataIndex(key), stream)
         writer.add_object(COMMON, common)
         writer.finish((checkpoint.directory / BACKEND).read_bytes())
+        manifest_of(partial / name, options.target).write(partial / name)
         (partial / TRACKER).write_text(str(iteration), encoding="utf-8")
         partial.rename(target_path)
     except BaseException:

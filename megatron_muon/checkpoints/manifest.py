@@ -167,6 +167,12 @@ def tensors_of(directory: Path) -> dict[str, TensorEntry] | None:
     }
 
 
+def manifest_of(directory: Path, optimizer: str) -> Manifest:
+    """The manifest of a finished iteration, every file of which is read. Raises OSError, and as `tensors_of`."""
+    entries = {name: checksum(directory / name) for name in sizes(directory)}
+    return Manifest(entries, tensors_of(directory), {"optimizer": optimizer})
+
+
 def file_problem(directory: Path, name: str, entry: FileEntry, *, contents: bool = True) -> str | None:
     """What is wrong with a file, and which tensors it costs; None if nothing.
 

@@ -63,7 +63,7 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
     }
 )
 
-# Settings that contradict --muon-moe-fp8: flag, value without the flag, reason, error, remedy.
+# Settings that contradict --muon-moe-fp8, by destination: flag, the value it must have, why, error.
 _CONTRADICTIONS: Mapping[str, tuple[str, Any, str, type[Exception]]] = MappingProxyType(
     {
         "fp8": ("--fp8-format", None, "it makes all linears FP8, not the experts' alone", ValueError),

@@ -76,7 +76,7 @@ def test_bytes_are_those_of_the_requantized_oracle(recipe: Recipe, name: str) ->
 
 @pytest.mark.parametrize(("recipe", "name"), [("tensorwise", "dp2"), ("blockwise", "dp4")])
 def test_bytes_differ_where_maxima_are_not_reduced(recipe: Recipe, name: str) -> None:
-    """What the comparison is worth: with each rank's own maxima, much of what it has not stored itself is wrong."""
+    """What the comparison is worth: with each rank's own maxima, matrices that lie on several ranks are wrong."""
     results = played(LAYOUTS[name], recipe, reduced=False)
     # The update itself needs no FP8.
     assert [result.main for result in results] == [0.0] * len(results)
@@ -84,7 +84,8 @@ def test_bytes_differ_where_maxima_are_not_reduced(recipe: Recipe, name: str) ->
     of_bytes = wrong["_data"] + wrong["_rowwise_data"]
     elements = sum(result.elements for result in results)
     print(f"{of_bytes / elements:.1%} of the bytes differ")
-    assert of_bytes > elements / 20
+    # Most matrices lie on one rank, whose maxima are theirs.
+    assert of_bytes > 0
     assert wrong["_scale_inv"] + wrong["_rowwise_scale_inv"] > 0
 
 

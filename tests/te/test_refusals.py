@@ -52,12 +52,3 @@ def test_fp8_parameters_of_both_optimizers() -> None:
     for kind, message, _ in raised.value.errors.values():
         assert kind == "NotImplementedError"
         assert "layers.0.mlp.linear_fc2.weight: got an FP8 primary weight for AdamW beside Muon's decoder" in message
-
-
-def test_experts_in_one_parameter() -> None:
-    layout = replace(Layout(1), config=dict(moe_single_grouped_weight=True, use_transformer_engine_op_fuser=True))
-    with pytest.raises(RankError) as raised:
-        run_ranks(build, 1, layout, "")
-    ((kind, message, _),) = raised.value.errors.values()
-    assert kind == "NotImplementedError"
-    assert "linear_fc1.weight: got all experts' matrices in one parameter" in message
