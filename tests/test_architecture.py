@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent / PACKAGE
 
 # From the bottom up. A unit is a module or a subpackage of the package; it may import units of lower layers only.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("newton_schulz", "machines", "phases", "states"),
+    ("newton_schulz", "machines", "phases", "states", "nvml"),
     ("config", "matrices", "lockstep", "rounds", "kinds", "page", "checkpoints", "qk_clip"),
     ("shares", "team", "elements", "rounding", "splits"),
     ("split_file", "muon", "reference", "cost_model", "second_moment"),

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_muon.nvml import Reading, Sample
 from megatron_muon.phases import LABELS
 from megatron_muon.profile import report
 from megatron_muon.timing.ranks import RankStep
@@ -34,7 +35,7 @@ from tests.trace_schema import SCHEMA
 STEPS = 4
 TWO = Layout(2)
 FOUR = Layout(4, tp=2, sequence_parallel=True, etp=1)
-Fault = Literal["unwritable", "full disk", "clock", "dies"]
+Fault = Literal["unwritable", "full disk", "clock", "dies", "gpu"]
 
 
 @dataclass
@@ -89,6 +90,10 @@ def session(
     if fault == "clock":
         time.time = lambda: 1e9 - 1e6 * rank  # set back by days
         time.time_ns = lambda: 10**18
+    if fault == "gpu":
+        from megatron_muon.megatron import profiling
+
+        profiling.open_current_device = lambda: (StandInGPU(rank), "")  # type: ignore[assignment]
     printed, errors = io.StringIO(), io.StringIO()
     with redirect_stdout(printed), redirect_stderr(errors):
         run = build("moe", layout, muon=replace(EXACT, **settings))
@@ -117,6 +122,24 @@ def session(
         scalars=writer.scalars,
         **seen,
     )
+
+
+class StandInGPU:
+    """What `NvmlDevice` is to the profiler. Counts 1000 KiB a second and rank; rank 1 is hot and slow."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.seconds = rank, 0
+
+    def sample(self) -> Sample:
+        self.seconds += 1
+        count = 2**32 - 500 + 1000 * (self.rank + 1) * self.seconds
+        return Sample(
+            self.seconds * 10**9,
+            {"nvlink_data_sent_bytes": Reading(count, 64), "pcie_sent_bytes": None},
+            power_mw=400_000,
+            sm_clock_mhz=1980 - 500 * self.rank,
+            throttle_reasons=0x41 * self.rank,
+        )
 
 
 def count_bytes() -> list[int]:
@@ -301,6 +324,30 @@ def test_other_layouts(tmp_path: Path, name: str) -> None:
             assert record.sent_bytes + record.team_bytes == seen.sent[step - 1]
             assert ("param_gather" in record.busy_ms) == (name in ("ep2 dp2", "instances"))
     assert report.main([str(tmp_path)]) == 0
+
+
+def test_what_the_driver_counts(tmp_path: Path, plain: list[Session]) -> None:
+    """Sampled before and after the phases of a profiled step, on a stand-in for the device."""
+    sessions = run_ranks(session, 2, TWO, settings(tmp_path), "gpu")
+    assert same_training(plain, sessions)
+    for rank in range(2):
+        for record in records(tmp_path, rank).values():
+            assert record.device is not None
+            assert record.device["nvlink_data_sent_bytes"] == 1000 * 1024 * (rank + 1)
+            assert record.device["pcie_sent_bytes"] is None and record.device["mean_power_w"] == 400.0
+            assert record.device["throttled"] == (["hardware thermal"] if rank else [])
+    printed = " ".join(sessions[0].printed.split())
+    assert printed.count("400 W a GPU; SM clocks from 1480 MHz; 1.95 MiB out through NVLink at most") == 3
+    assert printed.count("SLOWED DOWN rank 1: hardware thermal") == 3 and "PCIe" not in printed
+    scalars = {name.partition("/")[2]: value for name, value in sessions[1].scalars.items()}
+    assert (scalars["power_w_mean"], scalars["sm_clock_mhz_min"], scalars["throttled_ranks"]) == (400.0, 1480.0, 1)
+    assert scalars["nvlink_sent_bytes_max"] == 2000 * 1024 and "pcie_sent_bytes_max" not in scalars
+
+
+def test_without_a_driver_one_line_says_so(two: tuple[list[Session], Path]) -> None:
+    sessions, directory = two
+    assert [s.printed.count("megatron_muon: NVML: ") for s in sessions] == [1, 0]
+    assert all(record.device is None for rank in range(2) for record in records(directory, rank).values())
 
 
 # Faults.

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from megatron_muon.profile.nvml import (
+from megatron_muon.nvml import (
     COUNTERS,
     Counter,
     Reading,
@@ -49,7 +49,7 @@ def with_stub(stub: Path, code: str) -> Any:
 
 SAMPLES = """
 import dataclasses, json
-from megatron_muon.profile.nvml import difference, open_device
+from megatron_muon.nvml import difference, open_device
 device, problem = open_device({device!r})
 assert device is not None and problem == "", problem
 before, after = device.sample(), device.sample()
@@ -90,7 +90,7 @@ def test_device_without_counters_by_uuid(stub: Path) -> None:
 
 
 def test_device_that_is_not_there(stub: Path) -> None:
-    code = "import json; from megatron_muon.profile.nvml import open_device; print(json.dumps(open_device('GPU-x')))"
+    code = "import json; from megatron_muon.nvml import open_device; print(json.dumps(open_device('GPU-x')))"
     device, problem = with_stub(stub, code)
     assert device is None and problem.startswith("NVML: no device GPU-x (")
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from megatron_muon.config import TORCH_DTYPES, MuonConfig
 from megatron_muon.megatron.metrics import write_scalars, writers
+from megatron_muon.nvml import Sample, difference, open_current_device
 from megatron_muon.phases import LABELS
 from megatron_muon.timing.peaks import Ceiling, Peaks, RunFacts, arithmetic_ceilings, link_ceiling, read_links
 from megatron_muon.timing.ranks import Duty, RankStep, counted_bytes, rank_step
@@ -60,6 +61,8 @@ class Profiler:
         self._recording: Recording | None = None
         self._has_writer = True
         self._counted = (0, 0)
+        self._gpu, self._no_gpu = open_current_device()
+        self._sample: Sample | None = None
         kinds = [kind_of(optimizer) for optimizer in optimizers]
         self._duties = [
             Duty.of(kind, dist.get_process_group_ranks(optimizer.grid.group)[0], exchange)
@@ -119,6 +122,8 @@ class Profiler:
         dist.all_gather_object(problems, self.trace.problem if self.trace is not None else "")
         if self.rank == 0:
             _say(warnings_of([problem for problem in problems if problem]))
+            if self._no_gpu:
+                print(f"megatron_muon: {self._no_gpu}", flush=True)
             # At the run's end, however it ends, unless the optimizer is gone before.
             self._finalizer = weakref.finalize(self, _print_summary, self.summaries, self.facts)
 
@@ -128,7 +133,8 @@ class Profiler:
         return (self.optimizers[0].optimizer.updates + 1) % self.muon.profile == 0
 
     def begin(self) -> None:
-        """Begins to record. Issues nothing and waits for nothing."""
+        """Begins to record. Issues nothing and waits for nothing but a few calls of the driver."""
+        self._sample = self._gpu.sample() if self._gpu is not None else None
         self._counted = counted_bytes(self._exchanges)
         self._recording = Recording(self._clock)
         for kind, exchange in zip(self._kinds, self._exchanges, strict=True):
@@ -150,6 +156,8 @@ class Profiler:
         self._recording = None
         for exchange in self._exchanges:
             exchange.watch = LABELS
+        # The device has been waited for, so that what it did is counted.
+        sampled = difference(self._sample, self._gpu.sample()) if self._gpu and self._sample else None
         before, now = self._counted, counted_bytes(self._exchanges)
         record = rank_step(
             recorded,
@@ -158,6 +166,7 @@ class Profiler:
             rank=self.rank,
             counted=(now[0] - before[0], now[1] - before[1]),
             param_gather_bytes=self._param_gather_bytes,
+            device=sampled,
         )
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, record)

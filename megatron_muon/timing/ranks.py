@@ -8,6 +8,7 @@ from typing import Any
 
 from megatron_muon.exchange import Exchange
 from megatron_muon.newton_schulz import newton_schulz_bytes
+from megatron_muon.nvml import Difference
 from megatron_muon.pipeline import hidden_share, union
 from megatron_muon.timing.recording import Recorded, Span
 
@@ -119,6 +120,7 @@ class RankStep:
         flops: Newton-Schulz of matrices that this rank has alone, by the plans.
         team_flops: Newton-Schulz of bands, by the plans.
         param_gather_bytes: What the rank sends in the parameter gather; 0 if it is not part of the step.
+        device: What NVML counted meanwhile, as `nvml.Difference.to_json` gives it; None without a driver.
     """
 
     step: int
@@ -136,6 +138,7 @@ class RankStep:
     flops: int
     team_flops: int
     param_gather_bytes: int = 0
+    device: Mapping[str, Any] | None = None
 
     @property
     def other_ms(self) -> float:
@@ -186,6 +189,7 @@ def rank_step(
     rank: int,
     counted: tuple[int, int],
     param_gather_bytes: int = 0,
+    device: Difference | None = None,
 ) -> RankStep:
     """Turns what was recorded into numbers.
 
@@ -196,6 +200,7 @@ def rank_step(
         rank: Global rank.
         counted: Bytes sent in the step: (of exchanges, of teams).
         param_gather_bytes: See `RankStep`.
+        device: What NVML counted meanwhile.
     """
     groups = {duty.kind: duty for duty in duties}
     busy_ms: dict[str, float] = {}
@@ -229,6 +234,7 @@ def rank_step(
         flops=sum(sum(duty.flops) for duty in duties),
         team_flops=sum(duty.team_flops for duty in duties),
         param_gather_bytes=param_gather_bytes,
+        device=None if device is None else device.to_json(),
     )
 
 

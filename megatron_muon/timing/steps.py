@@ -66,6 +66,25 @@ class Wire:
 
 
 @dataclass(frozen=True)
+class Devices:
+    """What NVML counted on the ranks' GPUs during a step; a value is None where no device has the counter.
+
+    Attributes:
+        power_w: Mean power.
+        sm_clock_mhz: Lowest clock of the multiprocessors, of any rank.
+        nvlink_sent_bytes: Payload that left through NVLink, whoever sent it.
+        pcie_sent_bytes: The same through PCIe.
+        throttled: `rank N: reasons` of each rank that NVML says is slowed down.
+    """
+
+    power_w: Spread | None
+    sm_clock_mhz: float | None
+    nvlink_sent_bytes: Spread | None
+    pcie_sent_bytes: Spread | None
+    throttled: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class StepSummary:
     """A step, or the median of several.
 
@@ -86,6 +105,7 @@ class StepSummary:
         team_bytes: Counted, in teams.
         unplanned_bytes: Difference to the plans' bytes, summed over the ranks without signs; anything but 0 is a bug.
         param_gather_bytes_per_s: Sent in the parameter gather over its time; 0 if it is not part of the step.
+        devices: What NVML counted; None without a driver on any rank.
     """
 
     step: int
@@ -104,6 +124,7 @@ class StepSummary:
     team_bytes: Spread
     unplanned_bytes: int
     param_gather_bytes_per_s: float
+    devices: Devices | None = None
 
     def share(self, *names: str) -> float:
         """Mean time in phases over the mean step; `other` is a phase here."""
@@ -155,6 +176,24 @@ def summarize_step(records: Sequence[RankStep]) -> StepSummary:
             sum(r.param_gather_bytes for r in records),
             sum(r.busy_ms.get("param_gather", 0.0) for r in records if r.param_gather_bytes),
         ),
+        devices=_devices({r.rank: r.device for r in records if r.device is not None}),
+    )
+
+
+def _devices(by_rank: Mapping[int, Mapping[str, Any]]) -> Devices | None:
+    if not by_rank:
+        return None
+
+    def over(name: str) -> Spread | None:
+        present = {rank: float(device[name]) for rank, device in by_rank.items() if device.get(name) is not None}
+        return Spread.over(present) if present else None
+
+    return Devices(
+        power_w=over("mean_power_w"),
+        sm_clock_mhz=min((float(d["sm_clock_mhz"]) for d in by_rank.values() if d.get("sm_clock_mhz")), default=None),
+        nvlink_sent_bytes=over("nvlink_data_sent_bytes"),
+        pcie_sent_bytes=over("pcie_sent_bytes"),
+        throttled=tuple(f"rank {rank}: {', '.join(d['throttled'])}" for rank, d in by_rank.items() if d["throttled"]),
     )
 
 
@@ -227,6 +266,8 @@ def _median(values: Sequence[Any]) -> Any:
     if isinstance(first, Mapping):
         names = dict.fromkeys(name for value in present for name in value)
         return {name: _median([value[name] for value in present if name in value]) for name in names}
+    if isinstance(first, tuple):
+        return tuple(dict.fromkeys(entry for value in present for entry in value))
     return statistics.mode(present) if isinstance(first, int) else statistics.median(present)
 
 
@@ -248,4 +289,19 @@ def scalars(summary: StepSummary) -> dict[str, float]:
     out["team_bytes_max"] = summary.team_bytes.largest
     if summary.param_gather_bytes_per_s:
         out["param_gather_gb_per_s"] = summary.param_gather_bytes_per_s / 1e9
+    if summary.devices is not None:
+        out |= _device_scalars(summary.devices)
+    return out
+
+
+def _device_scalars(devices: Devices) -> dict[str, float]:
+    out: dict[str, float] = {"throttled_ranks": len(devices.throttled)}
+    if devices.power_w is not None:
+        out["power_w_mean"] = devices.power_w.mean
+    if devices.sm_clock_mhz is not None:
+        out["sm_clock_mhz_min"] = devices.sm_clock_mhz
+    for name in ("nvlink_sent_bytes", "pcie_sent_bytes"):
+        spread: Spread | None = getattr(devices, name)
+        if spread is not None:
+            out[f"{name}_max"] = spread.largest
     return out

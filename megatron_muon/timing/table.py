@@ -13,7 +13,7 @@ from rich.text import Text
 from megatron_muon.phases import BUSY, FLIGHTS
 from megatron_muon.timing.findings import find
 from megatron_muon.timing.peaks import Ceiling, RunFacts
-from megatron_muon.timing.steps import Spread, StepSummary
+from megatron_muon.timing.steps import Devices, Spread, StepSummary
 from megatron_muon.timing.units import amount, arithmetic, bandwidth, work
 
 WIDTH = 110
@@ -89,7 +89,23 @@ def caption(summary: StepSummary) -> str:
         parts.append(f"{summary.hidden_share:.0%} of the exchange hidden")
     parts.append(f"plan's FLOPs {summary.ns_flops.imbalance:.2f} of their mean on rank {summary.ns_flops.rank}")
     parts.append("bytes as planned" if not summary.unplanned_bytes else f"{summary.unplanned_bytes} BYTES UNPLANNED")
-    return "; ".join(parts)
+    return "; ".join([*parts, *device_parts(summary.devices)])
+
+
+def device_parts(devices: Devices | None) -> list[str]:
+    """What NVML counted, in a few words each."""
+    if devices is None:
+        return []
+    parts = []
+    if devices.power_w is not None:
+        parts.append(f"{devices.power_w.mean:.0f} W a GPU")
+    if devices.sm_clock_mhz is not None:
+        parts.append(f"SM clocks from {devices.sm_clock_mhz:.0f} MHz")
+    for label, sent in (("NVLink", devices.nvlink_sent_bytes), ("PCIe", devices.pcie_sent_bytes)):
+        if sent is not None:
+            parts.append(f"{amount(sent.largest)} out through {label} at most")
+    parts += [f"SLOWED DOWN {entry}" for entry in devices.throttled]
+    return parts
 
 
 def run_summary(summary: StepSummary, facts: RunFacts) -> str:
