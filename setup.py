@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_muon", "megatron_muon.*"]),
-    package_data={"megatron_muon": ["py.typed", "megatron/*.yaml"]},
+    package_data={"megatron_muon": ["py.typed", "megatron/model/*.yaml"]},
     python_requires=">=3.12",
     # psutil: Megatron-Core's checkpoint writer refuses to save without it, and does not ask for it itself.
     install_requires=["torch>=2.8", "megatron-core>=0.19.2,<0.20", "psutil>=5.9", "PyYAML>=6", "rich>=13"],

@@ -23,12 +23,12 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.matrices import MatrixSpec, whole
-from megatron_muon.optimizer import ShardedMuon
-from megatron_muon.phases import LABELS
-from megatron_muon.pipeline import hidden_share
-from megatron_muon.plan import CostModel, OwnershipPlan, PlanOptions, ShardedMatrix, Slice, build_plan
-from megatron_muon.timing.recording import HostClock, Recording, Span
+from megatron_muon.exchange.phases import LABELS
+from megatron_muon.matrices.spec import MatrixSpec, whole
+from megatron_muon.observe.timing.overlap import hidden_share
+from megatron_muon.observe.timing.recording import HostClock, Recording, Span
+from megatron_muon.optimizer.sharded_muon import ShardedMuon
+from megatron_muon.plan.build import CostModel, OwnershipPlan, PlanOptions, ShardedMatrix, Slice, build_plan
 
 
 def make_plan(world_size: int, matrices: int, size: int, buffer_bytes: int) -> OwnershipPlan:

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.planning.estimates import MOONLIGHT, OURS, SCHEMES, UPSTREAM
-from megatron_muon.planning.models import BUILT_IN
-from megatron_muon.planning.schemes import Settings
-from megatron_muon.planning.table import plan_table
+from megatron_muon.estimate.estimates import MOONLIGHT, OURS, SCHEMES, UPSTREAM
+from megatron_muon.estimate.models import BUILT_IN
+from megatron_muon.estimate.schemes import Settings
+from megatron_muon.estimate.table import plan_table
 
 RANKS = tuple(2**n for n in range(3, 13))
 RESULTS = Path(__file__).resolve().parent / "results"

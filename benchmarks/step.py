@@ -156,8 +156,8 @@ def build(case: Case, *, ours: bool) -> tuple[Any, Any]:
     from megatron.training.training import wrap_model_chunks_with_ddp
 
     from megatron_muon.config import MuonConfig
-    from megatron_muon.megatron.build import get_megatron_optimizer as get_distributed_muon
-    from megatron_muon.megatron.routing import tag_parameters
+    from megatron_muon.megatron.model.routing import tag_parameters
+    from megatron_muon.megatron.optimizer.build import get_megatron_optimizer as get_distributed_muon
 
     # Megatron leaves gate and up together, and Q, K and V apart.
     muon = MuonConfig(
@@ -319,7 +319,7 @@ def run(case: Case, repeats: int) -> dict[str, Any]:
 
 def planning_times() -> list[dict[str, Any]]:
     """Seconds to plan the worst stage's matrices of Kimi K2, by number of ranks."""
-    from megatron_muon.planning.table import plan_table
+    from megatron_muon.estimate.table import plan_table
 
     rows = []
     for ranks in (256, 512, 1024, 2048, 4096):

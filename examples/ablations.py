@@ -34,7 +34,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from megatron_muon import report
+from megatron_muon.observe import metrics_report as report
 
 # Target RMS -> training loss in Moonlight's table 8.
 MOONLIGHT = {0.05: 3.355, 0.1: 3.239, 0.2: 3.198, 0.4: 3.199, 0.8: 3.386}

@@ -37,7 +37,8 @@ def enable(config: MuonConfig | None = None, **overrides: Any) -> MuonConfig:
         RuntimeError: If the Megatron version is not supported.
     """
     from megatron_muon.config import MuonConfig
-    from megatron_muon.megatron import arguments, compat
+    from megatron_muon.megatron.entry import arguments
+    from megatron_muon.megatron.entry import seams as compat
 
     if config is not None and overrides:
         raise ValueError(
@@ -83,7 +84,8 @@ def get_megatron_optimizer(
         NotImplementedError: If a setting or layout is not supported.
         RuntimeError: If neither `muon` nor `enable` gave settings, or ranks disagree.
     """
-    from megatron_muon.megatron import build, compat
+    from megatron_muon.megatron.entry import seams as compat
+    from megatron_muon.megatron.optimizer import build
 
     muon = muon or compat.active_config()
     if muon is None:

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from megatron_muon import report
 from megatron_muon.checkpoints import command as checkpoints
-from megatron_muon.planning import command as plan
+from megatron_muon.estimate import command as plan
+from megatron_muon.observe import metrics_report as report
 
 # Each adds its parser, whose default `run` is its action. They import torch only when run.
 SUBCOMMANDS: tuple[Callable[[Any], argparse.ArgumentParser], ...] = (

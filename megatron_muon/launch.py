@@ -47,12 +47,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     # tree around the script thus hides an installed megatron-core, so nothing may import megatron before this.
     if not sys.flags.safe_path and sys.path:
         sys.path[0] = os.path.dirname(os.path.abspath(options.script))
-    from megatron_muon.megatron.kernels import check_fused_kernels
+    from megatron_muon.megatron.entry.kernels import check_fused_kernels
 
     check_fused_kernels(cpu=device == "cpu")
     if device == "cpu":
         _install_cpu_backend()
-    from megatron_muon.megatron import compat
+    from megatron_muon.megatron.entry import seams as compat
 
     compat.install_core_seams()
     compat.install_training_seams()
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _print_help(parser: argparse.ArgumentParser) -> NoReturn:
     # Not with the launcher's parser itself: these flags belong after SCRIPT.
-    from megatron_muon.megatron import arguments
+    from megatron_muon.megatron.entry import arguments
 
     flags = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS)
     arguments.add_arguments(flags)

@@ -1,6 +1,6 @@
 """A plain Megatron pretraining script on mock data, as a user would write it for GPUs.
 
-`tests/test_cpu_pretrain.py` runs it under `torchrun` with the CPU backend installed. It knows nothing of that.
+`tests/cpu/test_pretrain.py` runs it under `torchrun` with the CPU backend installed. It knows nothing of that.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.reference import Logical
+from megatron_muon.rule.reference import Logical
 from tests.models import MIXER_SIZES, Place
 
 

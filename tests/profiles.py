@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.timing.peaks import Ceiling, Peaks, RunFacts
-from megatron_muon.timing.ranks import Product, RankStep, Transfer
-from megatron_muon.timing.recording import Recorded, Span
-from megatron_muon.timing.trace import TraceFile, file_name
+from megatron_muon.observe.timing.peaks import Ceiling, Peaks, RunFacts
+from megatron_muon.observe.timing.ranks import Product, RankStep, Transfer
+from megatron_muon.observe.timing.recording import Recorded, Span
+from megatron_muon.observe.timing.trace import TraceFile, file_name
 
 PEAKS = Peaks(
     link=Ceiling(50e9, "H100 data sheet, network"),

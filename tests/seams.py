@@ -1,4 +1,4 @@
-"""Takes the seams of `megatron_muon.megatron.compat` out of a test process again."""
+"""Takes the seams of `megatron_muon.megatron.entry.seams` out of a test process again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron_muon.megatron import arguments, compat
+from megatron_muon.megatron.entry import arguments
+from megatron_muon.megatron.entry import seams as compat
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Imports only go down: parses every module of the package and fails on a reversed arrow."""
+"""Imports only go down: parses every module of the package and fails on a reversed arrow or a circle."""
 
 from __future__ import annotations
 
@@ -7,36 +7,27 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-PACKAGE = "megatron_muon"
-ROOT = Path(__file__).resolve().parent.parent / PACKAGE
+from tests.paths import ROOT as REPOSITORY
 
-# From the bottom up. A unit is a module or a subpackage of the package; it may import units of lower layers only.
-LAYERS: tuple[tuple[str, ...], ...] = (
-    ("newton_schulz", "machines", "phases", "states", "nvml"),
-    ("config", "matrices", "lockstep", "rounds", "kinds", "page", "checkpoints", "qk_clip"),
-    ("shares", "team", "elements", "rounding", "splits"),
-    ("split_file", "muon", "reference", "cost_model", "second_moment"),
-    ("reference_variants",),
-    ("assign", "ownership"),
-    ("plan",),
-    ("exchange",),
-    ("pipeline", "metrics", "agreement"),
-    ("timing",),
-    ("optimizer",),
-    ("megatron", "cpu"),
-    ("planning", "report", "launch"),
-    ("profile",),
-    ("cli",),
-    ("", "__main__"),  # "": the package's own __init__, with the public functions
+PACKAGE = "megatron_muon"
+ROOT = REPOSITORY / PACKAGE
+
+# In the order in which a step passes them; a room may import rooms before it. "": the package's own `__init__`.
+ROOMS = (
+    *("newton_schulz", "state_keys", "config", "matrices", "rule", "plan", "exchange", "optimizer", "observe"),
+    *("checkpoints", "megatron", "cpu", "estimate", "profile", "launch", "cli", "", "__main__"),
 )
-LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
+LEVEL = {room: level for level, room in enumerate(ROOMS)}
 # Who may import Megatron whenever it is imported itself, and who only once a function of it is called.
 IMPORTS_MEGATRON = frozenset({"megatron", "cpu"})
-IMPORTS_MEGATRON_LAZILY = frozenset({"planning", "profile", "launch", "cli", "checkpoints", ""})
+IMPORTS_MEGATRON_LAZILY = frozenset({"estimate", "profile", "launch", "cli", "checkpoints", ""})
+# Modules at the root; everything else lives in a room that is a package.
+LOOSE = frozenset({"__init__", "__main__", "cli", "config", "launch", "state_keys"})
 
 
 @dataclass(frozen=True)
@@ -104,25 +95,47 @@ def imports(root: Path) -> list[Import]:
     return found
 
 
-def unit(dotted: str, root: Path) -> str:
-    """The module or subpackage of the package that a dotted name lies in; "" for the package itself."""
+def room(dotted: str, root: Path) -> str:
+    """The room that a dotted name lies in; "" for the package itself."""
     first = [*dotted.split("."), ""][1]
     return first if (root / first).is_dir() or (root / f"{first}.py").is_file() else ""
 
 
+def module(dotted: str, root: Path) -> str:
+    """The module that a dotted name lies in: the name itself, or what it is an attribute of."""
+    parts = dotted.split(".")[1:]
+    while parts and not (root.joinpath(*parts).with_suffix(".py").is_file() or root.joinpath(*parts).is_dir()):
+        parts.pop()
+    return ".".join((root.name, *parts))
+
+
 def reversed_imports(root: Path) -> list[str]:
-    """Imports within the package that do not go to a lower layer, and units that no layer names."""
+    """Imports within the package that do not go to an earlier room, and rooms that are not listed."""
     problems = []
     for found in imports(root):
         if found.target.split(".")[0] != root.name:
             continue
-        source, target = unit(found.importer, root), unit(found.target, root)
+        source, target = room(found.importer, root), room(found.target, root)
         unknown = {source, target} - LEVEL.keys()
         if unknown:
-            problems.append(f"{found}: no layer names {', '.join(sorted(unknown))}")
+            problems.append(f"{found}: no room is called {', '.join(sorted(unknown))}")
         elif source != target and LEVEL[target] >= LEVEL[source]:
             problems.append(str(found))
     return problems
+
+
+def circle(root: Path) -> list[str]:
+    """Modules that import each other in a circle, lazy imports and those for type checking counted; [] if none do."""
+    graph: dict[str, set[str]] = {}
+    for found in imports(root):
+        target = module(found.target, root)
+        if found.target.split(".")[0] == root.name and target != found.importer:
+            graph.setdefault(found.importer, set()).add(target)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def megatron_imports(root: Path) -> list[str]:
@@ -131,7 +144,7 @@ def megatron_imports(root: Path) -> list[str]:
         str(found)
         for found in imports(root)
         if found.target.split(".")[0] == "megatron"
-        and (source := unit(found.importer, root)) not in IMPORTS_MEGATRON
+        and (source := room(found.importer, root)) not in IMPORTS_MEGATRON
         and (found.eager or source not in IMPORTS_MEGATRON_LAZILY)
     ]
 
@@ -140,15 +153,21 @@ def test_imports_only_go_down() -> None:
     assert reversed_imports(ROOT) == []
 
 
-def test_every_unit_has_a_layer() -> None:
+def test_no_module_imports_itself_through_others() -> None:
+    assert circle(ROOT) == []
+
+
+def test_every_module_has_a_room() -> None:
     """Also one that imports nothing and that nothing imports."""
-    units = {p.stem for p in ROOT.glob("*.py")} | {p.parent.name for p in ROOT.glob("*/__init__.py")}
-    assert units - {"__init__"} <= LEVEL.keys()
+    assert {p.stem for p in ROOT.glob("*.py")} == LOOSE
+    packages = {p.parent.name for p in ROOT.glob("*/__init__.py")}
+    assert {p.name for p in ROOT.iterdir() if p.is_dir() and p.name != "__pycache__"} == packages
+    assert packages | LOOSE - {"__init__"} | {""} == LEVEL.keys()
 
 
 def test_only_the_glue_imports_megatron() -> None:
     assert megatron_imports(ROOT) == []
-    importers = {unit(found.importer, ROOT) for found in imports(ROOT) if found.target.split(".")[0] == "megatron"}
+    importers = {room(found.importer, ROOT) for found in imports(ROOT) if found.target.split(".")[0] == "megatron"}
     # Were the parser blind, the line above would hold as well.
     assert {"megatron", "cpu"} <= importers
 
@@ -162,64 +181,83 @@ def test_importing_the_package_imports_neither_torch_nor_megatron() -> None:
 def tree(directory: Path, **sources: str) -> Path:
     """A package named like ours, with empty modules but for `sources` (`a__b` is the module b of the package a)."""
     root = directory / PACKAGE
-    for name in ("newton_schulz", "megatron", "cpu"):
-        (root / name).mkdir(parents=True)
-        (root / name / "__init__.py").touch()
-    for name in ("__init__", "config", "matrices", "muon", "plan", "exchange", "optimizer", "launch"):
+    for name in ROOMS:
+        if name and name not in LOOSE:
+            (root / name).mkdir(parents=True)
+            (root / name / "__init__.py").touch()
+    for name in LOOSE:
         (root / f"{name}.py").touch()
     for name, source in sources.items():
-        (root / f"{name.replace('__', '/', 1) if not name.startswith('__') else name}.py").write_text(source)
+        path = root / f"{name.replace('__', '/') if not name.startswith('__') else name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(source)
     return root
 
 
 @pytest.mark.parametrize(
-    "module, source",
+    "importer, source",
     [
-        ("muon", "from megatron_muon.optimizer import ShardedMuon"),
-        ("muon", "import megatron_muon.plan"),
-        ("muon", "from megatron_muon import config, exchange"),
-        ("muon", "from .plan import build_plan"),
-        ("muon", "from . import plan"),
-        ("matrices", "from megatron_muon.config import MuonConfig"),  # of the same layer
-        ("plan", "def f():\n    if True:\n        from megatron_muon.megatron import build"),
-        ("plan", "if TYPE_CHECKING:\n    from megatron_muon.exchange import Exchange"),
-        ("exchange", "import importlib\nimportlib.import_module('megatron_muon.optimizer')"),
+        ("rule__muon", "from megatron_muon.optimizer.step import Step"),
+        ("rule__muon", "import megatron_muon.plan"),
+        ("rule__muon", "from megatron_muon import config, exchange"),
+        ("rule__muon", "from ..plan import build"),
+        ("rule__muon", "from .. import plan"),
+        ("plan__build", "def f():\n    if True:\n        from megatron_muon.megatron import optimizer"),
+        ("plan__build", "if TYPE_CHECKING:\n    from megatron_muon.exchange import Exchange"),
+        ("exchange__team", "import importlib\nimportlib.import_module('megatron_muon.optimizer')"),
         ("newton_schulz__cost", "from ..config import MuonConfig"),
-        ("newton_schulz__cost", "from megatron_muon.matrices import MatrixSpec"),
-        ("cpu__devices", "from megatron_muon.megatron import build"),
-        ("megatron__build", "from megatron_muon.launch import main"),
-        ("optimizer", "from megatron_muon import get_megatron_optimizer"),
-        ("stray", "from megatron_muon.config import MuonConfig"),  # a module that no layer names
+        ("newton_schulz__cost", "from megatron_muon.matrices.spec import MatrixSpec"),
+        ("cpu__devices", "from megatron_muon.launch import main"),
+        ("megatron__model__routing", "from megatron_muon.cpu import devices"),
+        ("optimizer__step", "from megatron_muon import get_megatron_optimizer"),
+        ("stray", "from megatron_muon.config import MuonConfig"),  # a module without a room
     ],
 )
-def test_detects_a_reversed_import(tmp_path: Path, module: str, source: str) -> None:
-    problems = reversed_imports(tree(tmp_path, **{module: source}))
+def test_detects_a_reversed_import(tmp_path: Path, importer: str, source: str) -> None:
+    problems = reversed_imports(tree(tmp_path, **{importer: source}))
     assert len(problems) == 1
-    assert problems[0].startswith(f"{PACKAGE}.{module.replace('__', '.')}:{source.count(chr(10)) + 1} imports")
+    assert problems[0].startswith(f"{PACKAGE}.{importer.replace('__', '.')}:{source.count(chr(10)) + 1} imports")
 
 
 @pytest.mark.parametrize(
-    "module, source",
+    "importer, source",
     [
-        ("optimizer", "from megatron_muon.plan import OwnershipPlan\nfrom megatron_muon import muon"),
-        ("newton_schulz__cost", "from megatron_muon.newton_schulz.coefficients import Schedule\nfrom . import cost"),
+        ("optimizer__step", "from megatron_muon.plan.build import OwnershipPlan\nfrom megatron_muon import rule"),
+        (
+            "newton_schulz__cost",
+            "from megatron_muon.newton_schulz.coefficients import Schedule\nfrom . import backends",
+        ),
         ("config", "def f():\n    from megatron_muon.newton_schulz import coefficients"),
-        ("megatron__build", "from megatron_muon.optimizer import ShardedMuon\nimport megatron.core"),
-        ("__init__", "def f():\n    from megatron_muon.megatron import build"),
+        ("megatron__optimizer__build", "from megatron_muon.optimizer.step import Step\nimport megatron.core"),
+        ("__init__", "def f():\n    from megatron_muon.megatron.optimizer import build"),
     ],
 )
-def test_accepts_imports_that_go_down(tmp_path: Path, module: str, source: str) -> None:
-    root = tree(tmp_path, **{module: source})
-    assert reversed_imports(root) == [] and megatron_imports(root) == []
+def test_accepts_imports_that_go_down(tmp_path: Path, importer: str, source: str) -> None:
+    root = tree(tmp_path, **{importer: source})
+    assert reversed_imports(root) == [] and megatron_imports(root) == [] and circle(root) == []
 
 
 @pytest.mark.parametrize(
-    "module, source, allowed",
+    "back",
     [
-        ("optimizer", "import megatron.core", False),
-        ("optimizer", "def f():\n    from megatron.core import parallel_state", False),
-        ("plan", "if TYPE_CHECKING:\n    from megatron.core.optimizer import OptimizerConfig", False),
-        ("plan", "import importlib\nimportlib.import_module(f'megatron.{x}')", False),
+        "from megatron_muon.plan.build import make",
+        "def f():\n    from megatron_muon.plan import build",
+        "if TYPE_CHECKING:\n    from megatron_muon.plan.build import Plan",
+    ],
+)
+def test_detects_a_circle_inside_a_room(tmp_path: Path, back: str) -> None:
+    root = tree(tmp_path, plan__build="from megatron_muon.plan.rounds import cut", plan__rounds=back)
+    assert reversed_imports(root) == []
+    assert set(circle(root)) == {f"{PACKAGE}.plan.build", f"{PACKAGE}.plan.rounds"}
+
+
+@pytest.mark.parametrize(
+    "importer, source, allowed",
+    [
+        ("optimizer__step", "import megatron.core", False),
+        ("optimizer__step", "def f():\n    from megatron.core import parallel_state", False),
+        ("plan__build", "if TYPE_CHECKING:\n    from megatron.core.optimizer import OptimizerConfig", False),
+        ("plan__build", "import importlib\nimportlib.import_module(f'megatron.{x}')", False),
         ("launch", "import megatron.core", False),
         ("launch", "class A:\n    import megatron.core", False),
         ("__init__", "try:\n    import megatron.core\nexcept ImportError:\n    pass", False),
@@ -229,5 +267,5 @@ def test_accepts_imports_that_go_down(tmp_path: Path, module: str, source: str) 
         ("cpu__devices", "import megatron.core", True),
     ],
 )
-def test_detects_a_megatron_import(tmp_path: Path, module: str, source: str, allowed: bool) -> None:
-    assert len(megatron_imports(tree(tmp_path, **{module: source}))) == (0 if allowed else 1)
+def test_detects_a_megatron_import(tmp_path: Path, importer: str, source: str, allowed: bool) -> None:
+    assert len(megatron_imports(tree(tmp_path, **{importer: source}))) == (0 if allowed else 1)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_muon.config import PRESETS, MuonConfig
-from megatron_muon.megatron.arguments import DEFAULT_PRESET, add_arguments, config_from_args
+from megatron_muon.megatron.entry.arguments import DEFAULT_PRESET, add_arguments, config_from_args
 from megatron_muon.newton_schulz import ALIASES
 from tests.distributed import run_ranks
 

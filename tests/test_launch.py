@@ -16,7 +16,7 @@ import pytest
 
 from megatron_muon import cpu, launch
 from megatron_muon.config import MuonConfig
-from megatron_muon.megatron import compat
+from megatron_muon.megatron.entry import seams as compat
 from tests.distributed import run_ranks
 from tests.seams import seams_removed_afterwards
 
@@ -73,7 +73,7 @@ class TestMergeArguments:
             launch.merge_arguments(given, REQUIRED)
 
     def test_every_required_flag_exists_in_megatron(self) -> None:
-        from tests.test_arguments import stock_parser
+        from tests.megatron.test_arguments import stock_parser
 
         known = stock_parser()._option_string_actions
         for flag, value in cpu.REQUIRED_FLAGS:

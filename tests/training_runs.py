@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from tests.checkpoints import STATES, child_processes
+from tests.checkpoint_runs import STATES, child_processes
 from tests.distributed import run_ranks
 
 SCRIPT = str(Path(__file__).with_name("cpu_pretrain_gpt.py"))

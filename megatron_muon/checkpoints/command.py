@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-from megatron_muon.states import Kind
+from megatron_muon.state_keys import Kind
 
 Progress = Callable[[str, int, int], None]
 

@@ -19,13 +19,13 @@ from typing import Literal
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from megatron_muon.checkpoints.groups import adam_settings, converted_common, source_momentum
-from megatron_muon.checkpoints.kinds import FULLY_RESHARDABLE, Parameter, kind_of, parameters, sharding
+from megatron_muon.checkpoints.contents import FULLY_RESHARDABLE, Parameter, kind_of, parameters, sharding
 from megatron_muon.checkpoints.manifest import manifest_of
 from megatron_muon.checkpoints.moments import largest_restart_factor, mean_squares, spread, square_factor
+from megatron_muon.checkpoints.param_groups import adam_settings, converted_common, source_momentum
 from megatron_muon.checkpoints.reader import BACKEND, COMMON, TRACKER, Checkpoint
 from megatron_muon.checkpoints.writer import CheckpointWriter
-from megatron_muon.states import FP32_PARAM, MEAN, MOMENTUM, PARAM, SQUARE, Kind, split_key, state_key
+from megatron_muon.state_keys import FP32_PARAM, MEAN, MOMENTUM, PARAM, SQUARE, Kind, split_key, state_key
 
 Momentum = Literal["exp_avg", "zeros"]
 

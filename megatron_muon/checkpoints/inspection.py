@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from megatron_muon.checkpoints.groups import source_momentum
-from megatron_muon.checkpoints.kinds import kind_of, model_keys, parameters, sharding
+from megatron_muon.checkpoints.contents import kind_of, model_keys, parameters, sharding
+from megatron_muon.checkpoints.param_groups import source_momentum
 from megatron_muon.checkpoints.reader import Checkpoint
-from megatron_muon.states import FP32_PARAM, MOMENTUM, PARAM
+from megatron_muon.state_keys import FP32_PARAM, MOMENTUM, PARAM
 
 # Names in Megatron's args, in the order in which they are printed.
 _LAYOUT = {

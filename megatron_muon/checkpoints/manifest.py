@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from megatron_muon.checkpoints.kinds import model_keys
+from megatron_muon.checkpoints.contents import model_keys
 from megatron_muon.checkpoints.reader import METADATA, TRACKER, Checkpoint
 
 NAME = "muon_manifest.json"

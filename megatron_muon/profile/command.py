@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["report"]:
         # It has a parser of its own.
-        from megatron_muon.profile import report
+        from megatron_muon.profile import profile_report as report
 
         return report.main(words[1:])
     args = _parser().parse_args(words)

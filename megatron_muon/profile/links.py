@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_muon.nvml import NvmlDevice, difference
+from megatron_muon.observe.nvml import NvmlDevice, difference
 from megatron_muon.profile.busbw import (
     Collective,
     algorithm_bandwidth_gbps,
@@ -33,7 +33,7 @@ from megatron_muon.profile.collectives import (
     Task,
     count_wrong,
 )
-from megatron_muon.profile.groups import Groups
+from megatron_muon.profile.process_groups import Groups
 from megatron_muon.profile.settings import DTYPE_BYTES, PER_RANK, Sweep
 from megatron_muon.profile.traffic import Traffic
 

@@ -17,15 +17,22 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.nvml import open_current_device
-from megatron_muon.planning.stages import Layout
+from megatron_muon.estimate.stages import Layout
+from megatron_muon.observe.nvml import open_current_device
 from megatron_muon.profile import flight_recorder, links_table
 from megatron_muon.profile.busbw import Collective
 from megatron_muon.profile.collectives import OPERATIONS, PLACEMENTS, Operation
-from megatron_muon.profile.groups import Groups, choose_kinds, group_sizes, layout_for, make_groups, release_groups
 from megatron_muon.profile.links import Meter, Row
 from megatron_muon.profile.nvml_topology import topology_lines
 from megatron_muon.profile.pairs import Pairs, measure_pairs
+from megatron_muon.profile.process_groups import (
+    Groups,
+    choose_kinds,
+    group_sizes,
+    layout_for,
+    make_groups,
+    release_groups,
+)
 from megatron_muon.profile.settings import GroupKind, LinkSettings
 from megatron_muon.profile.traffic import Traffic, load_traffic, model_traffic, save_traffic
 

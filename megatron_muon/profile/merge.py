@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_muon.timing.peaks import RunFacts
-from megatron_muon.timing.ranks import RankStep
-from megatron_muon.timing.steps import StepSummary, summarize_step
-from megatron_muon.timing.trace import PATTERN, Trace, read_trace
+from megatron_muon.observe.timing.peaks import RunFacts
+from megatron_muon.observe.timing.ranks import RankStep
+from megatron_muon.observe.timing.steps import StepSummary, summarize_step
+from megatron_muon.observe.timing.trace import PATTERN, Trace, read_trace
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from megatron_muon.nvml import load_nvml
+from megatron_muon.observe.nvml import load_nvml
 
 # nvmlGpuTopologyLevel_t, in the words of `nvidia-smi topo -m`.
 LEVELS: Mapping[int, str] = MappingProxyType({0: "X", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"})

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from megatron_muon.page import plain, png
-from megatron_muon.phases import BUSY, FLIGHTS
+from megatron_muon.exchange.phases import BUSY, FLIGHTS
+from megatron_muon.observe.page import plain, png
+from megatron_muon.observe.timing.peaks import Ceiling, RunFacts
+from megatron_muon.observe.timing.ranks import RankStep
+from megatron_muon.observe.timing.units import arithmetic, bandwidth
 from megatron_muon.profile.merge import Merged
-from megatron_muon.timing.peaks import Ceiling, RunFacts
-from megatron_muon.timing.ranks import RankStep
-from megatron_muon.timing.units import arithmetic, bandwidth
 
 MAX_RANKS = 16
 """Rows of the timeline and bars that can still be read."""

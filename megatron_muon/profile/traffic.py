@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon.config import TORCH_DTYPES, MuonConfig
-from megatron_muon.machines import GPUS_PER_NODE
-from megatron_muon.ownership import OwnershipPlan
-from megatron_muon.plan import CostModel
-from megatron_muon.planning.estimates import distinct_stages, stage_kinds, stage_plans
-from megatron_muon.planning.schemes import Settings
-from megatron_muon.planning.shapes import load_model
-from megatron_muon.planning.stages import Layout, check_experts
+from megatron_muon.estimate.estimates import distinct_stages, stage_kinds, stage_plans
+from megatron_muon.estimate.schemes import Settings
+from megatron_muon.estimate.shapes import load_model
+from megatron_muon.estimate.stages import Layout, check_experts
+from megatron_muon.plan.build import CostModel
+from megatron_muon.plan.machines import GPUS_PER_NODE
+from megatron_muon.plan.ownership import OwnershipPlan
 
 Matrix = tuple[tuple[int, ...], ...]
 """Elements that rank i of a group sends to rank j, as [i][j]."""
@@ -150,7 +150,7 @@ def run_traffic(optimizer: Any) -> list[Traffic]:
     Raises:
         ValueError: If none of its optimizers is Muon's.
     """
-    from megatron_muon.megatron.distributed import MuonDistributedOptimizer
+    from megatron_muon.megatron.optimizer.distributed import MuonDistributedOptimizer
 
     parts = [p for p in optimizer.chained_optimizers if isinstance(p, MuonDistributedOptimizer)]
     if not parts:

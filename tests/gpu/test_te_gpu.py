@@ -10,10 +10,11 @@ import json
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
+
+from tests.paths import ROOT
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,7 +30,7 @@ def losses(recipe: str) -> list[float]:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={min(2, torch.cuda.device_count())}"]
     done = subprocess.run(
         [*command, "-m", "tests.gpu.te_training", recipe],
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=280,

@@ -14,11 +14,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.reference import ReferenceMuon
-from tests.checkpoints import EXACT, LR, WEIGHT_DECAY, Run, Whole, build, spoil
+from megatron_muon.rule.reference import ReferenceMuon
+from tests.checkpoint_runs import EXACT, LR, WEIGHT_DECAY, Run, Whole, build, spoil
 from tests.logical import is_muons, logical_matrices
 from tests.models import Layout, Place, initial_value, make_config
-from tests.test_exactness import gradient
+from tests.optimizer.test_exactness import gradient
 
 Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 MODEL = "te-moe"
@@ -152,7 +152,7 @@ class Compared:
 
 def compare(run: Run) -> Compared:
     """Compares a rank's FP8 parameters, main parameters and momenta with the oracle after the same steps."""
-    from megatron_muon.megatron.distributed import MuonDistributedOptimizer
+    from megatron_muon.megatron.optimizer.distributed import MuonDistributedOptimizer
 
     oracle, out = oracle_of(run), Compared()
     whole = {name: dict(param=w, momentum_buffer=oracle.momenta[name]) for name, w in oracle.parameters.items()}

@@ -16,8 +16,8 @@ from tests.te.fp8_runs import MODEL, is_fp8
 def fp8_weights(rank: int, world_size: int, recipe: Any, seam: bool) -> dict[str, bool]:
     """Name of each matrix -> whether its primary weight is FP8."""
     import megatron_muon
-    from megatron_muon.megatron import compat
-    from megatron_muon.megatron.moe_fp8 import config_settings
+    from megatron_muon.megatron.entry import seams as compat
+    from megatron_muon.megatron.model.expert_fp8 import config_settings
 
     if seam:
         # It refuses Transformer Engine on a CPU, whose kernels are stood in for here.

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.checkpoints import assemble
+from tests.checkpoint_runs import assemble
 from tests.distributed import run_ranks
 from tests.models import Layout
 from tests.te.fp8_runs import Recipe, Resumed, resume, save

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoints import EXACT
+from tests.checkpoint_runs import EXACT
 from tests.distributed import RankError, run_ranks
 from tests.models import Layout, initialize, make_chunks, optimizer_config, wrap
 from tests.te.fp8_runs import MODEL, fp8_layout
 
 
 def build(rank: int, world_size: int, layout: Layout, adamws: str) -> None:
-    from megatron_muon.megatron.build import get_megatron_optimizer
-    from megatron_muon.megatron.routing import tag_parameters
+    from megatron_muon.megatron.model.routing import tag_parameters
+    from megatron_muon.megatron.optimizer.build import get_megatron_optimizer
 
     initialize(layout)
     chunks = make_chunks(MODEL, layout, torch.bfloat16)

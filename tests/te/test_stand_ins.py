@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,13 +10,14 @@ import torch
 
 from tests.distributed import run_ranks
 from tests.models import Layout
+from tests.paths import TESTS
 from tests.te import cuda_stand_ins
 from tests.te.fp8_runs import adam_parameters
 
 cuda_stand_ins.install()
 
 # Made by the reference quantizers of TE's own test suite.
-GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "fp8_te_2.20.2.npz")
+GOLDEN = np.load(TESTS / "golden" / "fp8_te_2.20.2.npz")
 CASES = sorted({name.partition("/")[0] for name in GOLDEN.files})
 
 

@@ -1,0 +1,75 @@
+"""What a checkpoint's parameters are, and which optimizer wrote it. States are named in `state_keys`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_muon.checkpoints.reader import Checkpoint
+from megatron_muon.state_keys import Kind, kind_by_states, split_key, states_among
+
+FULLY_RESHARDABLE = "fully_reshardable"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A trained parameter: its name in the model, its whole shape, and the keys of its states by state."""
+
+    name: str
+    shape: tuple[int, ...]
+    states: Mapping[str, str]
+
+    @property
+    def stacked(self) -> int:
+        """How many leading axes count layers or experts, which Megatron stacks into one tensor."""
+        layers = re.search(r"\.layers\.(?!\d)", self.name) is not None
+        experts = re.search(r"\.experts\.(?!\d)", self.name) is not None
+        return int(layers) + int(experts)
+
+    def is_muons(self, kind: Kind, router: str = "muon") -> bool:
+        """Whether an optimizer updates the parameter as a matrix, judging by name and shape."""
+        if kind == "adamw" or len(self.shape) - self.stacked != 2:
+            return False
+        if re.search(r"(^|\.)(word_embeddings|output_layer)\.", self.name):
+            return False
+        if kind == "megatron-muon":
+            # Learned positions are not marked as an embedding there, and so are Muon's.
+            return True
+        return not ("embedding" in self.name or (router == "adam" and self.name.endswith("router.weight")))
+
+
+def parameters(checkpoint: Checkpoint) -> dict[str, Parameter]:
+    """The parameters that a checkpoint has optimizer state of, by name."""
+    states: dict[str, dict[str, str]] = {}
+    for key in checkpoint.tensors:
+        if found := split_key(key):
+            states.setdefault(found[1], {})[found[0]] = key
+    return {
+        name: Parameter(name, tuple(checkpoint.tensors[next(iter(keys.values()))].size), keys)
+        for name, keys in states.items()
+    }
+
+
+def optimizer_entries(common: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a checkpoint says of each optimizer of the chain beside tensors."""
+    state = common.get("optimizer")
+    if not isinstance(state, dict):
+        return []
+    return [state] if "optimizer" in state else [state[key] for key in sorted(state) if isinstance(key, int)]
+
+
+def sharding(checkpoint: Checkpoint) -> str:
+    """Megatron's name of the format of the optimizer state."""
+    return str((checkpoint.common.get("content_metadata") or {}).get("distrib_optim_sharding_type", "unknown"))
+
+
+def kind_of(checkpoint: Checkpoint) -> Kind | None:
+    """Which optimizer wrote a checkpoint; None if it holds no optimizer state."""
+    return kind_by_states(set.union(*states_among(checkpoint.tensors)))
+
+
+def model_keys(keys: Iterable[str]) -> list[str]:
+    """Those of `keys` that name tensors of the model itself."""
+    return [key for key in keys if not re.match(r"(chained_\d+\.)?optimizer\.", key)]

@@ -1,0 +1,211 @@
+"""Newton-Schulz on one matrix by several ranks, each with a band of its long side. No ranks here: members talk.
+
+With X = (X_1 ... X_k), m x n, and member i holding the columns X_i, everything but the sum G = sum_i X_i X_i^T is
+local: X_i <- (a I + b G + c G^2) X_i. Each step all-reduces the m x m partial products, as a reduce-scatter of row
+blocks and an all-gather, so that every member works with the same bits of G. G is symmetric, so that a block of rows
+[a, b) travels as its columns [0, b), and blocks are cut such that these have equal areas. The polynomial is applied in
+one of two ways: with Y = G X_i as a X_i + b Y + c G Y, nothing of which is done twice, or *divided*: each member
+computes its block of P = b G + c G^2, the blocks are gathered, and X_i <- a X_i + P X_i. The first does 6 m^2 n
+operations a step in all, the second 4 m^2 n + m^3 and another all-gather.
+
+A team that spans nodes reduces within each node first and between nodes only what is left, a part of G as small as
+the node is large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+
+import torch
+from torch import Tensor
+
+from megatron_muon.config import TORCH_DTYPES, MuonConfig, owner_factor
+from megatron_muon.exchange.lockstep import Message, Talk
+from megatron_muon.newton_schulz import (
+    AOL_SIGMA_MAX,
+    Scaling,
+    Schedule,
+    accumulation_dtype,
+    check_schedule,
+    coefficients,
+    scaling_for,
+)
+from megatron_muon.plan.seats import Seat
+
+
+def orthogonalize_band(
+    x: Tensor,
+    seat: Seat,
+    schedule: Schedule,
+    *,
+    divided: bool,
+    dtype: torch.dtype,
+    scaling: Scaling = "frobenius",
+    eps: float = 1e-7,
+) -> Talk:
+    """A member's part of orthogonalizing (X_1 ... X_k); the counterpart of `newton_schulz.orthogonalize`.
+
+    The norm is that of `x` and taken in its data type; sums of 16-bit numbers are in float32. The members' results are
+    those of one rank up to the order of sums, and the same in every run.
+
+    Args:
+        x: This member's columns (m, n_i), n_i >= 1, of a matrix with m <= sum n_i, in float32 or float64. Not mutated.
+        seat: The member's place.
+        schedule: Quintics from `coefficients`.
+        divided: Whether to divide the polynomial; the same for all members.
+        dtype: Data type of the iterations and of what members send.
+        scaling: That the schedule needs; see `newton_schulz.scaling_for`.
+        eps: Relative margin below a spectral norm of one.
+
+    Returns:
+        The talk, whose result is the member's columns of U p(S) V^T, in `dtype`.
+
+    Raises:
+        ValueError: Before anything is said, if the schedule does not orthogonalize under this scaling.
+    """
+    check_schedule(schedule, scaling)
+    return _talk(x, seat, schedule, divided, dtype, scaling, eps)
+
+
+def _talk(
+    x: Tensor, seat: Seat, schedule: Schedule, divided: bool, dtype: torch.dtype, scaling: Scaling, eps: float
+) -> Talk:
+    # Normalized before the cast: gradients may lie outside float16's range.
+    y = (yield from _normalized(x, seat, max(eps, torch.finfo(dtype).eps))).to(dtype)
+    for step, (a, b, c) in enumerate(schedule):
+        gram = yield from _all_reduce(y @ y.mT, seat)
+        if step == 0 and scaling == "aol":
+            _scale_aol(y, gram)
+        if divided:
+            start, stop = seat.rows(len(gram), seat.member)
+            own = torch.addmm(gram[start:stop, :stop], gram[start:stop], gram[:, :stop], beta=b, alpha=c)
+            polynomial = yield from _all_gather(own, seat, len(gram))
+            y = torch.addmm(y, polynomial, y, beta=a)
+        else:
+            z = gram @ y
+            y = torch.addmm(z, gram, z, beta=b, alpha=c).add_(y, alpha=a)
+    return y
+
+
+def _normalized(x: Tensor, seat: Seat, eps: float) -> Generator[Message, Sequence[Tensor], Tensor]:
+    """x over (1 + eps) times the norm of the whole matrix; zero stays zero.
+
+    As in `newton_schulz.normalize`, squares are taken of entries scaled by a power of two, so that none under- or
+    overflows whatever the scale of the input. Members differ in that power, so that it travels with the norm.
+    """
+    limits = torch.finfo(x.dtype)
+    peak = x.abs().amax().clamp_(limits.tiny, limits.max / 2)
+    unit = peak / torch.frexp(peak).mantissa
+    scaled = x / unit
+    # Rows first, as there.
+    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(scaled, dim=1))
+    received = yield Message([torch.stack([unit, norm])] * seat.size, [(2,)] * seat.size)
+    units, norms = torch.stack(list(received)).unbind(dim=1)
+    # Powers of two: dividing by another one than before is exact, but for what is too small to matter.
+    unit = units.amax()
+    total = torch.linalg.vector_norm(norms * (units / unit))
+    total.mul_(1.0 + eps).clamp_(min=limits.tiny)
+    return torch.div(x, unit, out=scaled).div_(total)
+
+
+def _scale_aol(y: Tensor, gram: Tensor) -> None:
+    """Scales rows so that no singular value exceeds `AOL_SIGMA_MAX`, as `newton_schulz` does. Mutates both.
+
+    Every member computes the same factors: it has all of the Gram matrix, and all rows of its columns.
+    """
+    dtype = accumulation_dtype(y.dtype)
+    sums = torch.linalg.vector_norm(gram, ord=1, dim=1, keepdim=True, dtype=dtype)
+    scale = sums.clamp_(min=torch.finfo(dtype).tiny).rsqrt_().mul_(AOL_SIGMA_MAX)
+    y.mul_(scale)
+    gram.mul_(scale).mul_(scale.mT)
+
+
+def _sum(blocks: Sequence[Tensor]) -> Tensor:
+    """The sum in the order of the members, rounded once."""
+    first = blocks[0]
+    total = first.to(accumulation_dtype(first.dtype), copy=True)
+    for block in blocks[1:]:
+        total.add_(block)
+    return total.to(first.dtype)
+
+
+def _among(
+    members: Sequence[int], seat: Seat, blocks: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]
+) -> Generator[Message, Sequence[Tensor], list[Tensor]]:
+    """Exchanges blocks with some members; the others get nothing."""
+    nothing = blocks[0][:0]
+    to, of = dict(zip(members, blocks, strict=True)), dict(zip(members, shapes, strict=True))
+    received = yield Message(
+        [to.get(member, nothing) for member in range(seat.size)], [of.get(member, (0,)) for member in range(seat.size)]
+    )
+    return [received[member] for member in members]
+
+
+def _all_reduce(partial: Tensor, seat: Seat) -> Generator[Message, Sequence[Tensor], Tensor]:
+    """The sum of the members' symmetric matrices, the same bits for all."""
+    total = len(partial)
+    near = [seat.near_rows(total, member) for member in seat.near]
+    start, stop = seat.near_rows(total, seat.member)
+    blocks = yield from _among(
+        seat.near, seat, [partial[a:b, :b] for a, b in near], [(stop - start, stop)] * seat.group_size
+    )
+    own = _sum(blocks)
+    if seat.groups > 1:
+        far = [seat.rows(total, member) for member in seat.far]
+        first, last = seat.rows(total, seat.member)
+        blocks = yield from _among(
+            seat.far, seat, [own[a - start : b - start, :b] for a, b in far], [(last - first, last)] * seat.groups
+        )
+        own = _sum(blocks)
+    return (yield from _all_gather(own, seat, total))
+
+
+def _all_gather(own: Tensor, seat: Seat, total: int) -> Generator[Message, Sequence[Tensor], Tensor]:
+    """The whole symmetric matrix of `total` rows, from each member's `rows`, columns up to the last row's."""
+    if seat.groups > 1:
+        far = [seat.rows(total, member) for member in seat.far]
+        blocks = yield from _among(seat.far, seat, [own] * seat.groups, [(b - a, b) for a, b in far])
+        own = _assembled(blocks, far)
+    near = [seat.near_rows(total, member) for member in seat.near]
+    blocks = yield from _among(seat.near, seat, [own] * seat.group_size, [(b - a, b) for a, b in near])
+    return _assembled(blocks, near)
+
+
+def _assembled(blocks: Sequence[Tensor], rows: Sequence[tuple[int, int]]) -> Tensor:
+    """Consecutive row blocks of a symmetric matrix up to the last row's column, what they lack being mirrored."""
+    first, last = rows[0][0], rows[-1][1]
+    out = blocks[0].new_empty(last - first, last)
+    for block, (start, stop) in zip(blocks, rows, strict=True):
+        out[start - first : stop - first, :stop] = block
+        out[: start - first, start:stop] = block[:, first:start].mT
+    return out
+
+
+def band_update(
+    collected: Tensor, rows: int, cols: int, dim: int, seat: Seat, config: MuonConfig, *, divided: bool
+) -> Talk:
+    """A team member's part of what `orthogonalized_updates` does for one matrix.
+
+    Args:
+        collected: The member's band; mutated when the talk ends.
+        rows: Of the matrix.
+        cols: Of the matrix.
+        dim: 0 if the bands are rows, 1 if they are columns.
+        seat: The member's place in the team.
+        config: Coefficients, steps and scale.
+        divided: Whether the team divides the polynomial.
+
+    Returns:
+        The talk, whose result is `collected`.
+    """
+    wide = collected if dim == 1 else collected.mT
+    update = yield from orthogonalize_band(
+        wide,
+        seat,
+        coefficients(config.coefficients, config.ns_steps),
+        divided=divided,
+        dtype=TORCH_DTYPES[config.ns_dtype],
+        scaling=scaling_for(config.coefficients),
+    )
+    wide.copy_(update.float().mul_(owner_factor(rows, cols, config)))
+    return collected

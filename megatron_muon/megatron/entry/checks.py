@@ -1,0 +1,278 @@
+"""What Distributed Muon refuses: settings of Megatron it cannot honour, found before the first collective.
+
+One table serves command lines, where a setting is a flag, and other training loops, where it is a field of
+`OptimizerConfig` or `DistributedDataParallelConfig`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron_muon.rule.qk_clip import ClipRule
+
+if TYPE_CHECKING:
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+
+SUPPORTED_VERSIONS = ">=0.19,<0.20"
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """A setting of Megatron that must keep one value.
+
+    Attributes:
+        setting: The attribute, the same on parsed arguments and on Megatron's configs.
+        why: Why no other value works.
+        expected: The value it must have. An object without the attribute passes.
+        flag: The command-line flag, where it is not made of the attribute's name.
+        error: ValueError where the request contradicts itself, NotImplementedError where it is only not supported.
+    """
+
+    setting: str
+    why: str
+    expected: Any = False
+    flag: str = ""
+    error: type[Exception] = NotImplementedError
+
+    def check(self, owner: Any, *, where: str = "") -> None:
+        """Raises `error` if `owner` has another value. `where` names a config; without it the flag is named."""
+        got = getattr(owner, self.setting, self.expected)
+        if got == self.expected:
+            return
+        if where:
+            name, remedy = f"{where}.{self.setting}", f"set it to {self.expected!r}"
+        elif self.flag:
+            name, remedy = f"{self.setting} ({self.flag})", f"omit {self.flag}"
+        else:
+            name, remedy = f"--{self.setting.replace('_', '-')}", "omit it"
+        raise self.error(f"{name}: got {got!r}, expected {self.expected!r} with Distributed Muon: {self.why}; {remedy}")
+
+
+_OPTIMIZER = (
+    _Refusal("use_precision_aware_optimizer", "its low-precision state is kept by Transformer Engine's Adam alone"),
+    _Refusal("optimizer_cpu_offload", "the exchange needs momentum and gradients on the training device"),
+    _Refusal(
+        "overlap_param_gather_with_optimizer_step",
+        "parameters may be gathered only once Muon and AdamW have both stepped",
+    ),
+    _Refusal("optimizer_cuda_graph", "the exchange's collectives and host-side plan cannot be captured"),
+    _Refusal(
+        "use_layer_wise_distributed_optimizer",
+        "momentum is sharded by Megatron's DistributedOptimizer instead",
+        error=ValueError,
+    ),
+)
+_DDP = (
+    _Refusal("fp4_param_gather", "only FP8 and bf16 parameters are gathered after Muon's update"),
+    _Refusal("use_megatron_fsdp", "momentum is sharded over DistributedOptimizer's buffers, which FSDP has not"),
+    _Refusal("use_custom_fsdp", "momentum is sharded over DistributedOptimizer's buffers, which FSDP has not"),
+)
+# Only on command lines: Megatron passes these to other parts than the optimizer and DDP.
+_ARGUMENTS = (
+    _Refusal("use_torch_fsdp2", "momentum is sharded over DistributedOptimizer's buffers, which FSDP has not"),
+    _Refusal(
+        "use_layer_wise_param_layout",
+        "it chooses a layout of the layer-wise optimizer, which Distributed Muon replaces",
+        expected=True,
+        flag="--no-use-layer-wise-param-layout",
+        error=ValueError,
+    ),
+    _Refusal("dump_param_to_param_group_map", "the file has no place for the two optimizers", expected=None),
+    _Refusal("freeze_all_layers", "it leaves nothing to train and switches DistributedOptimizer off", error=ValueError),
+)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Checks parsed arguments, before Megatron's `validate_args`, of a run with `--distributed-muon`.
+
+    Raises:
+        ValueError: If a value is bad or contradicts `--distributed-muon`.
+        NotImplementedError: If a feature is asked for that Distributed Muon does not support.
+    """
+    _check_optimizer_name(args.optimizer)
+    for refusal in (*_DDP, *_ARGUMENTS, *_OPTIMIZER):
+        refusal.check(args)
+    if not args.use_distributed_optimizer:
+        raise ValueError(
+            "--use-distributed-optimizer: got False, expected True with --distributed-muon, which shards momentum in "
+            "Megatron's DistributedOptimizer; add --use-distributed-optimizer"
+        )
+    if (
+        getattr(args, "fp8_param_gather", False)
+        and getattr(args, "fp8_recipe", None) == "mxfp8"
+        and not getattr(args, "reuse_grad_buf_for_mxfp8_param_ag", False)
+    ):
+        raise ValueError(
+            "--reuse-grad-buf-for-mxfp8-param-ag: got False, expected True with --fp8-param-gather and --fp8-recipe "
+            "mxfp8, whose parameters cannot lie in a buffer of DDP; add it"
+        )
+    for name in ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "weight_decay"):
+        _check_not_negative(f"--{name.replace('_', '-')}", getattr(args, name, None))
+    _check_loss_scale("--loss-scale", args.fp16, args.loss_scale)
+    if getattr(args, "qk_clip", False):
+        ClipRule(args.qk_clip_threshold, args.qk_clip_alpha)  # raises
+    check_checkpoint_step(args, legacy=args.ckpt_format == "torch")
+    tensor_parallel = args.tensor_model_parallel_size
+    _check_weight_shards("--tensor-parallel-num-weight-shards", args.tensor_parallel_num_weight_shards, tensor_parallel)
+    _check_weight_shards(
+        "--expert-tensor-parallel-num-weight-shards",
+        args.expert_tensor_parallel_num_weight_shards,
+        args.expert_tensor_parallel_size or tensor_parallel,
+    )
+
+
+def check_checkpoint_step(args: argparse.Namespace, *, legacy: bool) -> None:
+    """Checks that Megatron can find the optimizer state of the iteration that is to be loaded.
+
+    Args:
+        args: Parsed arguments.
+        legacy: Whether the checkpoint is in Megatron's legacy files.
+
+    Raises:
+        NotImplementedError: If it would load another iteration's.
+    """
+    loads_optimizer = args.load is not None and not (args.no_load_optim or args.finetune)
+    if legacy and loads_optimizer and args.ckpt_step:
+        raise NotImplementedError(
+            f"--ckpt-step: got {args.ckpt_step}, expected none with legacy files (--ckpt-format torch): Megatron would "
+            "join that iteration's weights with the optimizer state of the last one; write the iteration into "
+            "latest_checkpointed_iteration.txt in --load's directory instead, or add --no-load-optim"
+        )
+
+
+def check_variant(saved: str, current: str) -> None:
+    """Checks that a checkpoint has the second moment that a variant of Muon goes on from.
+
+    Args:
+        saved: --muon-variant of the run that wrote the checkpoint.
+        current: That of this run.
+
+    Raises:
+        ValueError: If it has none, or one of another kind.
+    """
+    if current in (saved, "muon"):
+        return
+    has = "no second moment" if saved == "muon" else f"{saved}'s second moment"
+    raise ValueError(
+        f"--muon-variant: got {current}, expected {saved}, by which the checkpoint was written: it has {has}; add "
+        f"--muon-variant {saved}, or --no-load-optim to keep the weights and start all optimizer state anew"
+    )
+
+
+def check_mup(use_mup: bool, scale_mode: str) -> None:
+    """Checks that Muon's learning rate carries over between widths, which is what muP is for.
+
+    Megatron leaves the learning rate of Muon's matrices alone under muP. Their update, lr * scale * O, must then have
+    a spectral norm in proportion to sqrt(rows/cols), whatever the width (arXiv 2310.17813, condition 1).
+
+    Raises:
+        ValueError: If the scale grows with the width.
+    """
+    if use_mup and scale_mode not in ("unit_rms_norm", "shape_scaling"):
+        raise ValueError(
+            f"--muon-scale-mode: got {scale_mode!r}, expected 'unit_rms_norm' or 'shape_scaling' with --use-mup, since "
+            "the update would grow with the root of the width; choose one of these, or omit --use-mup"
+        )
+
+
+def check_optimizer_config(config: OptimizerConfig, ddp_config: DistributedDataParallelConfig) -> None:
+    """Checks the configs of a training loop that builds Distributed Muon's optimizer. Issues no collective.
+
+    Args:
+        config: The optimizer's config.
+        ddp_config: The config that the model chunks were wrapped with.
+
+    Raises:
+        ValueError: If a value is bad or contradicts Distributed Muon.
+        NotImplementedError: If a feature is asked for that Distributed Muon does not support.
+    """
+    from megatron.core.distributed.torch_fully_sharded_data_parallel_config import TorchFullyShardedDataParallelConfig
+
+    if config.optimizer != "adam":
+        raise ValueError(
+            f"OptimizerConfig.optimizer: got {config.optimizer!r}, expected 'adam', which the parameters that are not "
+            "Muon's get; set optimizer='adam' and give Muon's settings as a MuonConfig"
+        )
+    if isinstance(ddp_config, TorchFullyShardedDataParallelConfig):
+        raise NotImplementedError(
+            "ddp_config: got torch FSDP2's config, expected DistributedDataParallelConfig with Distributed Muon, since "
+            "momentum is sharded over DistributedOptimizer's buffers; wrap the model with DistributedDataParallel"
+        )
+    for refusal in _DDP:
+        refusal.check(ddp_config, where="DistributedDataParallelConfig")
+    for refusal in _OPTIMIZER:
+        refusal.check(config, where="OptimizerConfig")
+    for where, owner in (("OptimizerConfig", config), ("DistributedDataParallelConfig", ddp_config)):
+        if not owner.use_distributed_optimizer:
+            raise ValueError(
+                f"{where}.use_distributed_optimizer: got False, expected True with Distributed Muon, which shards "
+                "momentum in Megatron's DistributedOptimizer; set it to True"
+            )
+    if not config.decoupled_weight_decay:
+        raise NotImplementedError(
+            "OptimizerConfig.decoupled_weight_decay: got False, expected True with Distributed Muon: a penalty in the "
+            "gradient would be orthogonalized away; set it to True"
+        )
+    for name in ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "weight_decay"):
+        _check_not_negative(f"OptimizerConfig.{name}", getattr(config, name))
+    _check_loss_scale("OptimizerConfig.loss_scale", config.fp16, config.loss_scale)
+
+
+def check_megatron_version() -> str:
+    """Returns the version of the Megatron-Core that is imported here.
+
+    A Megatron-LM source tree on `sys.path` hides an installed wheel, so it is the imported code that is asked.
+
+    Raises:
+        RuntimeError: If this package has not been made for that version.
+    """
+    from megatron.core.package_info import __version__ as version
+    from packaging.specifiers import SpecifierSet
+
+    if not SpecifierSet(SUPPORTED_VERSIONS).contains(version, prereleases=True):
+        raise RuntimeError(
+            f"megatron-core: got {version}, expected {SUPPORTED_VERSIONS}, which megatron_muon's seams were made for; "
+            f"pip install 'megatron-core{SUPPORTED_VERSIONS}', or check out a Megatron-LM of that version"
+        )
+    return str(version)
+
+
+def _check_optimizer_name(name: str) -> None:
+    if name == "adaptive_muon":
+        raise NotImplementedError(
+            "--optimizer: got 'adaptive_muon', expected 'adam' with --distributed-muon; use --optimizer "
+            "adam --muon-variant adamuon or normuon, or omit --distributed-muon"
+        )
+    # Scripts made for Megatron's own Muon say muon; dist_muon is its deprecated spelling.
+    if name not in ("adam", "muon", "dist_muon"):
+        raise ValueError(
+            f"--optimizer: got {name!r}, expected 'adam' with --distributed-muon, since the parameters that are not "
+            "Muon's get AdamW; use --optimizer adam, or omit --distributed-muon"
+        )
+
+
+def _check_not_negative(name: str, value: float | None) -> None:
+    # None: the schedule or a parameter group sets it.
+    if value is not None and not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name}: got {value}, expected a finite number, 0 or more; correct it")
+
+
+def _check_loss_scale(name: str, fp16: bool, loss_scale: float | None) -> None:
+    # Megatron scales dynamically when no scale is set.
+    if fp16 and loss_scale is not None and loss_scale <= 1:
+        raise ValueError(
+            f"{name}: got {loss_scale}, expected None (dynamic) or more than 1 with fp16, whose small gradients vanish "
+            "without loss scaling; omit it, or train in bf16"
+        )
+
+
+def _check_weight_shards(flag: str, shards: int | None, tensor_parallel: int) -> None:
+    if shards is not None and shards > tensor_parallel:
+        raise NotImplementedError(
+            f"{flag}: got {shards}, expected at most the tensor-parallel size {tensor_parallel} with "
+            "--distributed-muon: weights that are split further and rematerialized are not supported; omit it"
+        )

@@ -1,0 +1,203 @@
+"""Records when the phases of one step begin and end on this rank.
+
+On a CPU a phase begins when the monotonic clock says so; on a GPU, events in the stream of the phase's operations say
+it, and are read once the step is over. Neither waits for anything while the step runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch.profiler import record_function
+
+from megatron_muon.exchange.phases import Busy, Flight, label
+
+
+class Clock(Protocol):
+    """Where marks come from. A mark may be of any type."""
+
+    def mark(self) -> Any:
+        """Now; on a GPU, when the current stream gets here."""
+        ...
+
+    def read(self, marks: Sequence[Any]) -> list[int]:
+        """The marks in nanoseconds of `time.perf_counter_ns`. Waits until all of them have passed."""
+        ...
+
+
+class HostClock:
+    """The monotonic clock: what sets the system's time does not touch it."""
+
+    def mark(self) -> int:
+        return time.perf_counter_ns()
+
+    def read(self, marks: Sequence[int]) -> list[int]:
+        return list(marks)
+
+
+class CudaClock:
+    """Events of the device, brought to the host's monotonic clock by one event that the host has waited for.
+
+    Args:
+        device: Whose streams are marked.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def mark(self) -> Any:
+        event: Any = torch.cuda.Event
+        mark = event(enable_timing=True)
+        mark.record()
+        return mark
+
+    def read(self, marks: Sequence[Any]) -> list[int]:
+        torch.cuda.synchronize(self.device)
+        anchor = self.mark()
+        anchor.synchronize()
+        at = time.perf_counter_ns()
+        return [at - round(1e6 * mark.elapsed_time(anchor)) for mark in marks]
+
+
+def clock_for(device: torch.device) -> Clock:
+    """The clock of what runs on a device."""
+    return CudaClock(device) if device.type == "cuda" else HostClock()
+
+
+@dataclass(frozen=True)
+class Span:
+    """A phase of this rank, or a collective from its issue to its completion.
+
+    Attributes:
+        name: One of `phases.BUSY` or `phases.FLIGHTS`.
+        kind: Whose: `dense` or `experts`; empty for what they share.
+        round_index: None where there are no rounds.
+        start_ns: Of `time.perf_counter_ns`.
+        stop_ns: The same.
+        sent_bytes: Of a collective: what this rank sends to others.
+    """
+
+    name: str
+    kind: str
+    round_index: int | None
+    start_ns: int
+    stop_ns: int
+    sent_bytes: int = 0
+
+    @property
+    def ms(self) -> float:
+        return (self.stop_ns - self.start_ns) / 1e6
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A step as one rank saw it.
+
+    Attributes:
+        whole: From the recording's begin to its end.
+        busy: What the rank did, in the order in which it began.
+        flights: Collectives of the exchange. One that its backend cannot tell the end of is missing.
+    """
+
+    whole: Span
+    busy: tuple[Span, ...]
+    flights: tuple[Span, ...]
+
+
+@dataclass
+class Recording:
+    """One step that is being recorded; it begins when this is made.
+
+    Attributes:
+        clock: Of the device that runs the step.
+    """
+
+    clock: Clock
+    _begin: Any = field(init=False)
+    _busy: list[tuple[str, str, int | None, Any, Any]] = field(default_factory=list)
+    _flights: list[_Flying] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._begin = self.clock.mark()
+
+    def watch(self, kind: str) -> RecordingWatch:
+        """A `phases.Watch` whose phases this recording keeps under `kind`."""
+        return RecordingWatch(self, kind)
+
+    @contextmanager
+    def phase(self, name: Busy, round_index: int | None = None, kind: str = "") -> Iterator[None]:
+        """Times what runs inside."""
+        with record_function(label(name, round_index)):
+            begin = self.clock.mark()
+            yield
+            self._busy.append((name, kind, round_index, begin, self.clock.mark()))
+
+    def collective(
+        self, name: Flight, round_index: int, sent_bytes: int, issue: Callable[[], dist.Work | None], kind: str
+    ) -> dist.Work | None:
+        """Notes when what `issue` starts is issued and when it completes."""
+        with record_function(label(name, round_index)):
+            begin = self.clock.mark()
+            work = issue()
+        if work is not None:
+            flying = _Flying(name, kind, round_index, sent_bytes, begin)
+            try:
+                # Runs where the collective ends: on Gloo's thread, or on a stream behind NCCL's.
+                flying.ended = work.get_future().then(lambda _: flying.end.append(self.clock.mark()))
+            except RuntimeError:
+                return work
+            self._flights.append(flying)
+        return work
+
+    def finish(self) -> Recorded:
+        """Ends the recording. Waits for the device; on the host, for nothing that the step has not waited for."""
+        end = self.clock.mark()
+        for flying in self._flights:
+            # The collective is complete, but the thread that notes it may be a moment behind.
+            flying.ended.wait()
+        marks = [self._begin, end]
+        marks += [mark for *_, begin, stop in self._busy for mark in (begin, stop)]
+        marks += [mark for flying in self._flights for mark in (flying.begin, *flying.end)]
+        times = iter(self.clock.read(marks))
+        whole = Span("step", "", None, next(times), next(times))
+        busy = [Span(name, kind, at, next(times), next(times)) for name, kind, at, *_ in self._busy]
+        flights = [Span(f.name, f.kind, f.round_index, next(times), next(times), f.sent_bytes) for f in self._flights]
+        return Recorded(whole, tuple(sorted(busy, key=lambda span: span.start_ns)), tuple(flights))
+
+
+@dataclass
+class _Flying:
+    name: str
+    kind: str
+    round_index: int
+    sent_bytes: int
+    begin: Any
+    end: list[Any] = field(default_factory=list)
+    ended: Any = None
+
+
+@dataclass(frozen=True)
+class RecordingWatch:
+    """A `phases.Watch` that records.
+
+    Attributes:
+        recording: Where to.
+        kind: Under which kind.
+    """
+
+    recording: Recording
+    kind: str
+
+    def phase(self, name: Busy, round_index: int | None = None) -> Any:
+        return self.recording.phase(name, round_index, self.kind)
+
+    def collective(
+        self, name: Flight, round_index: int, sent_bytes: int, issue: Callable[[], dist.Work | None]
+    ) -> dist.Work | None:
+        return self.recording.collective(name, round_index, sent_bytes, issue, self.kind)

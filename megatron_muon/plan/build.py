@@ -1,0 +1,272 @@
+"""Makes ownership plans.
+
+A plan is made from static metadata alone (shapes and storage ranges), without communication, so it can be built and
+tested for any number of ranks in one process.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from megatron_muon.config import TORCH_DTYPES, Balance, MuonConfig
+from megatron_muon.matrices.shares import is_single, max_shares, share_run, shares
+from megatron_muon.matrices.spec import MatrixSpec
+from megatron_muon.newton_schulz import Method as NewtonSchulzMethod
+from megatron_muon.plan.assign import Job, Owners, assign, loads_of
+from megatron_muon.plan.cost_model import CostModel, alone_flops, band_cost, share_costs
+from megatron_muon.plan.ownership import Item, Method, OwnershipPlan, Segment, ShardedMatrix, Slice, Team
+from megatron_muon.plan.rounds import ENOUGH_ROUNDS, Load, make_rounds
+
+__all__ = [
+    "CostModel",
+    "Item",
+    "Method",
+    "OwnershipPlan",
+    "PlanOptions",
+    "Segment",
+    "ShardedMatrix",
+    "Slice",
+    "Team",
+    "build_plan",
+    "fewest_idle",
+    "largest_matrix_flops",
+]
+
+_SMALL_TEAM = 8
+_LEVEL = 1.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What a plan is made for, besides the matrices. Defaults are those of `MuonConfig` on an H100 cluster.
+
+    Attributes:
+        ns_dtype: Data type of the Newton-Schulz iterations.
+        exchange_dtype: Data type on the wire.
+        max_team_size: The most ranks that may share a part; 1 gives every part one owner.
+        buffer_bytes: The most that a round's buffer may take on a rank.
+        node_of: Node of each rank of the group; None if it is not known.
+        cost: Rates of the cluster.
+        ns_method: Iteration of the matrices that one rank does.
+        balance: Whether messages within teams count when owners are chosen.
+    """
+
+    ns_dtype: torch.dtype = torch.bfloat16
+    exchange_dtype: torch.dtype = torch.bfloat16
+    max_team_size: int = 64
+    buffer_bytes: int = 2**30
+    node_of: tuple[int, ...] | None = None
+    cost: CostModel = field(default_factory=CostModel)
+    ns_method: NewtonSchulzMethod = "auto"
+    balance: Balance = "time"
+
+    @property
+    def team_cost(self) -> CostModel:
+        """What owners are chosen by."""
+        return self.cost if self.balance == "time" else self.cost.with_free_messages()
+
+    @classmethod
+    def from_config(cls, muon: MuonConfig, cost: CostModel, node_of: Sequence[int] | None) -> PlanOptions:
+        """The options that a run with these settings plans with."""
+        return cls(
+            ns_dtype=TORCH_DTYPES[muon.ns_dtype],
+            exchange_dtype=TORCH_DTYPES[muon.exchange_dtype],
+            max_team_size=muon.max_team_size,
+            buffer_bytes=muon.exchange_buffer_mb * 2**20,
+            node_of=tuple(node_of) if node_of is not None else None,
+            cost=cost,
+            ns_method=muon.ns_method,
+            balance=muon.balance,
+        )
+
+
+def build_plan(
+    matrices: Sequence[ShardedMatrix],
+    tp_ranks: Sequence[int],
+    *,
+    ns_steps: int,
+    initial_loads: Sequence[float] | None = None,
+    options: PlanOptions | None = None,
+) -> OwnershipPlan:
+    """Chooses owners that balance Newton-Schulz FLOPs over the whole DP x TP grid, and rounds.
+
+    Least makespan, then least bytes moved, then within a node rather than across; see `assign`. The result depends on
+    the arguments only, not on the rank that calls, and not on the order of the matrices but for their indices.
+
+    Args:
+        matrices: Parameters with their slices, in the same order on every rank.
+        tp_ranks: Tensor-parallel rank of each rank of the group.
+        ns_steps: Newton-Schulz iterations, for the FLOP count.
+        initial_loads: Work that each rank has already, in FLOPs: `loads` of another plan for the same ranks.
+        options: Everything else.
+
+    Raises:
+        ValueError: If the slices do not cover the parameters, or an argument has not as many entries as ranks.
+    """
+    options = options or PlanOptions()
+    world_size = len(tp_ranks)
+    initial = [round(flops) for flops in initial_loads] if initial_loads is not None else [0] * world_size
+    # Where nothing is known of nodes, each rank counts as one.
+    nodes = options.node_of if options.node_of is not None else tuple(range(world_size))
+    for name, values in (("initial_loads", initial), ("node_of", nodes)):
+        if len(values) != world_size:
+            raise ValueError(f"{name}: got {len(values)} values for {world_size} ranks")
+    node_size = _node_size(nodes)
+    keys = [(index, part) for index, m in enumerate(matrices) for part in range(len(m.spec.parts))]
+    jobs = [_job(matrices[index], part, tp_ranks, node_size, ns_steps, options) for index, part in keys]
+    owners: list[list[tuple[int, ...]]] = [[()] * len(m.spec.parts) for m in matrices]
+    methods: list[list[Method]] = [[Method()] * len(m.spec.parts) for m in matrices]
+    assigned = assign(jobs, initial, nodes)
+    for (index, part), chosen in zip(keys, assigned, strict=True):
+        method = _method(matrices[index].spec, part, chosen, node_size, ns_steps, options)
+        methods[index][part] = method
+        owners[index][part] = _by_share(matrices[index], part, chosen.ranks, method.groups, tp_ranks)
+    one_round = OwnershipPlan(
+        tp_ranks=tuple(tp_ranks),
+        matrices=tuple(matrices),
+        owners=tuple(map(tuple, owners)),
+        rounds=(tuple(range(len(matrices))),) if matrices else (),
+        methods=tuple(map(tuple, methods)),
+        ns_steps=ns_steps,
+        ns_dtype=options.ns_dtype,
+        device_type=options.cost.device_type,
+        ns_method=options.ns_method,
+        loads=tuple(loads_of(jobs, assigned, initial)),
+    )
+    return replace(one_round, rounds=_rounds(one_round, options)) if matrices else one_round
+
+
+def largest_matrix_flops(specs: Iterable[MatrixSpec], *, ns_steps: int, options: PlanOptions | None = None) -> int:
+    """Newton-Schulz FLOPs of the largest logical matrix of any of the parameters; 0 if there are none.
+
+    Of two plans for the same ranks, the one that has the larger matrices is to be made first: the other levels out
+    what it leaves uneven, the better the smaller its own matrices are.
+    """
+    options = options or PlanOptions()
+    shapes = {spec.logical_shape(part)[1:] for spec in specs for part in range(len(spec.parts))}
+    device_type, method = options.cost.device_type, options.ns_method
+    costs = (alone_flops(1, r, c, ns_steps, options.ns_dtype, device_type, method) for r, c in shapes)
+    return max(costs, default=0)
+
+
+def fewest_idle[T](max_team_size: int, attempt: Callable[[int], tuple[T, float]]) -> T:
+    """Two plans for the same ranks, with the limit on the first one's teams that levels their sum best.
+
+    Teams level the first kind of matrices alone, and leave the second kind nothing uneven to fill with whole matrices.
+    Where that ends worse than with smaller teams or none, these are better.
+
+    Args:
+        max_team_size: The largest limit.
+        attempt: From a limit to the plans and the load of the busiest rank over the ideal. Called with other limits
+            while that exceeds 1.05; the same on every rank, since it may communicate.
+    """
+    limits = sorted({max_team_size, min(_SMALL_TEAM, max_team_size), 1}, reverse=True)
+    plans, least = attempt(limits[0])
+    for limit in limits[1:]:
+        if least <= _LEVEL:
+            break
+        others, imbalance = attempt(limit)
+        if imbalance < least:
+            plans, least = others, imbalance
+    return plans
+
+
+def _node_size(nodes: Sequence[int]) -> int:
+    """Ranks of a node, or 1 if not all nodes have as many."""
+    sizes = set(Counter(nodes).values())
+    return sizes.pop() if len(sizes) == 1 else 1
+
+
+def _job(
+    matrix: ShardedMatrix, part: int, tp_ranks: Sequence[int], node_size: int, ns_steps: int, options: PlanOptions
+) -> Job:
+    spec = matrix.spec
+    most = min(options.max_team_size, len(tp_ranks), max_shares(spec, part))
+    costs = share_costs(
+        spec.logical_shape(part), most, node_size, ns_steps, options.ns_dtype, options.team_cost, options.ns_method
+    )
+    held = {}
+    for s in matrix.slices:
+        piece = spec.piece_of(tp_ranks[s.rank])
+        held[s.rank] = spec.part_offset(part, piece, s.stop) - spec.part_offset(part, piece, s.start)
+    return Job((spec.name, part), costs, {rank: numel for rank, numel in held.items() if numel})
+
+
+def _method(spec: MatrixSpec, part: int, owners: Owners, node_size: int, ns_steps: int, options: PlanOptions) -> Method:
+    size = len(owners.ranks)
+    if size == 1 or not is_single(spec, part):
+        return Method()
+    groups = size // node_size if owners.kind == "nodes" else 1
+    short, long = sorted(spec.joined_shape(part))
+    itemsize = options.ns_dtype.itemsize
+    _, divided = band_cost(short, long, size, owners.kind, groups, ns_steps, itemsize, options.team_cost)
+    return Method(divided, groups)
+
+
+def _by_share(
+    matrix: ShardedMatrix, part: int, ranks: tuple[int, ...], groups: int, tp_ranks: Sequence[int]
+) -> tuple[int, ...]:
+    """The owners in the order of shares, so that each gets a share that it stores much of.
+
+    The ranks of a group stay together: first groups are matched with as many consecutive shares, then their ranks.
+    """
+    if len(ranks) == 1:
+        return ranks
+    spec, size = matrix.spec, len(ranks) // groups
+    held: dict[tuple[int, int], int] = {}
+    for s in matrix.slices:
+        if s.rank in ranks:
+            piece = spec.piece_of(tp_ranks[s.rank])
+            for index, share in enumerate(shares(spec, part, len(ranks))):
+                start, stop = share_run(spec, part, share, piece, s.start, s.stop)
+                if start < stop:
+                    held[index, s.rank] = stop - start
+    group_of = {rank: index // size for index, rank in enumerate(ranks)}
+    by_group: dict[tuple[int, int], int] = defaultdict(int)
+    for (index, rank), numel in held.items():
+        by_group[index // size, group_of[rank]] += numel
+    out: list[int] = []
+    for block, group in enumerate(_matched(range(groups), range(groups), by_group)):
+        members = range(block * size, (block + 1) * size)
+        out += _matched(members, sorted(ranks[group * size : (group + 1) * size]), held)
+    return tuple(out)
+
+
+def _matched(places: Sequence[int], candidates: Sequence[int], held: Mapping[tuple[int, int], int]) -> list[int]:
+    """For each place a candidate, such that pairs that hold much meet; as many places as candidates."""
+    pairs = sorted((-numel, place, who) for (place, who), numel in held.items() if place in places)
+    chosen: dict[int, int] = {}
+    left = set(candidates)
+    for _, place, who in pairs:
+        if place not in chosen and who in left:
+            chosen[place] = who
+            left.remove(who)
+    rest = iter(sorted(left))
+    return [chosen[place] if place in chosen else next(rest) for place in places]
+
+
+def _rounds(plan: OwnershipPlan, options: PlanOptions) -> tuple[tuple[int, ...], ...]:
+    itemsize = options.exchange_dtype.itemsize
+    work: list[dict[int, int]] = [defaultdict(int) for _ in plan.matrices]
+    buffer: list[dict[int, int]] = [defaultdict(int) for _ in plan.matrices]
+    # (parameter, rank, which half of the buffer) -> elements in the gather and in the scatter.
+    for item in plan.all_items():
+        owner = plan.owner(item)
+        work[item.matrix][owner] += plan.item_flops(item)
+        # A copy of a replicated parameter that is not gathered still gets its update, so that a scatter is the larger.
+        for segment in plan.segments(item, scatter=True):
+            buffer[item.matrix][segment.rank] += segment.numel * itemsize
+            buffer[item.matrix][owner] += segment.numel * itemsize
+    loads = [Load(m.spec.name, work[i], buffer[i]) for i, m in enumerate(plan.matrices)]
+    busy = {rank for per_rank in work for rank in per_rank}
+    owned = sum(map(len, work))
+    total_bytes = sum(sum(sizes.values()) for sizes in buffer)
+    # Rounds hide the exchange only if a rank has work in each, and pay only if sending takes longer than starting.
+    per_message = 4 * options.cost.latency_s * options.cost.bytes_per_s * plan.world_size
+    worthwhile = int(total_bytes // per_message) if per_message > 0 else ENOUGH_ROUNDS
+    wanted = min(ENOUGH_ROUNDS, owned // len(busy), worthwhile) if plan.world_size > 1 else 1
+    return make_rounds(loads, wanted, options.buffer_bytes)

@@ -1,0 +1,181 @@
+"""The process groups of a layout, made by Megatron-Core itself, so that links are measured between the run's ranks."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_muon.estimate.buffers import quiet_imports
+from megatron_muon.estimate.stages import Layout
+from megatron_muon.profile.settings import GROUP_KINDS, GroupKind
+
+
+@dataclass(frozen=True)
+class Groups:
+    """All groups of one kind; they partition the world, and are measured at the same time as in a run.
+
+    Attributes:
+        kinds: What they are; several where a layout makes the same groups twice.
+        ranks: Global ranks of each group, ascending.
+        group: This rank's own.
+    """
+
+    kinds: tuple[GroupKind, ...]
+    ranks: tuple[tuple[int, ...], ...]
+    group: dist.ProcessGroup
+
+    @property
+    def name(self) -> str:
+        return "=".join(self.kinds)
+
+    @property
+    def world_size(self) -> int:
+        return len(self.ranks[0])
+
+    def own(self, rank: int) -> int:
+        """Index of the group that a global rank is in."""
+        return next(index for index, ranks in enumerate(self.ranks) if rank in ranks)
+
+
+def layout_for(world_size: int, *, tp: int, pp: int, ep: int, etp: int | None, instances: int) -> Layout:
+    """The layout of a world; data parallelism takes what the others leave.
+
+    Args:
+        world_size: Number of ranks.
+        tp: Tensor-parallel size.
+        pp: Pipeline-parallel size.
+        ep: Expert-parallel size.
+        etp: Expert-tensor-parallel size; None is `tp`.
+        instances: Distributed-optimizer instances.
+
+    Raises:
+        ValueError: If a size is not positive or does not divide.
+    """
+    for flag, size in (("--tp", tp), ("--pp", pp)):
+        if size < 1:
+            raise ValueError(f"{flag}: got {size}, expected a positive integer")
+    if world_size % (tp * pp):
+        raise ValueError(
+            f"--tp x --pp: got {tp} x {pp}, expected a divisor of the {world_size} ranks that torchrun started; "
+            "change them or --nproc-per-node"
+        )
+    return Layout(dp=world_size // (tp * pp), tp=tp, pp=pp, ep=ep, etp=etp, instances=instances)
+
+
+def group_sizes(layout: Layout) -> dict[GroupKind, int]:
+    """Ranks of a group of each kind."""
+    dp, expert_dp = layout.dp // layout.instances, layout.expert_dp // layout.instances
+    return {
+        "world": layout.num_ranks,
+        "tp": layout.tp,
+        "dp": dp,
+        "tp_dp": layout.tp * dp,
+        "pp": layout.pp,
+        "ep": layout.ep,
+        "expert_tp": layout.expert_tp,
+        "expert_dp": expert_dp,
+        "expert_tp_dp": layout.expert_tp * expert_dp,
+    }
+
+
+def choose_kinds(layout: Layout, wanted: Sequence[GroupKind] | None) -> list[GroupKind]:
+    """The kinds to be measured, in the order of `GROUP_KINDS`.
+
+    Args:
+        layout: The layout.
+        wanted: None takes all of more than one rank but the world, those of experts only where they have groups of
+            their own; and the world alone if there is none.
+
+    Raises:
+        ValueError: If a kind is wanted that has one rank only.
+    """
+    sizes = group_sizes(layout)
+    if wanted is None:
+        no_experts = not layout.has_expert_groups
+        left_out = {"world", *(kind for kind in GROUP_KINDS if no_experts and kind.startswith("expert"))}
+        return [kind for kind in GROUP_KINDS if kind not in left_out and sizes[kind] > 1] or ["world"]
+    for kind in wanted:
+        if kind != "world" and sizes[kind] == 1:
+            raise ValueError(f"--groups: got {kind}, which has one rank in this layout; leave it out, or change it")
+    return [kind for kind in GROUP_KINDS if kind in wanted]
+
+
+def make_groups(layout: Layout, kinds: Sequence[GroupKind]) -> list[Groups]:
+    """Megatron's groups of the given kinds, the same ranks once, made unless a run has. Collective over the world.
+
+    Args:
+        layout: Of as many ranks as the world has.
+        kinds: As `choose_kinds` returns them.
+
+    Raises:
+        RuntimeError: If Megatron made groups of other sizes than the layout says.
+    """
+    made = _megatron_groups(layout)
+    chosen: dict[tuple[tuple[int, ...], ...], list[GroupKind]] = {}
+    for kind in kinds:
+        gathered: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(gathered, dist.get_process_group_ranks(made[kind]))
+        ranks = tuple(sorted({tuple(own) for own in gathered}))
+        expected = group_sizes(layout)[kind]
+        if {len(own) for own in ranks} != {expected}:
+            raise RuntimeError(f"Megatron made {kind} groups {ranks}, expected groups of {expected} ranks")
+        chosen.setdefault(ranks, []).append(kind)
+    return [Groups(tuple(same), ranks, made[same[0]]) for ranks, same in chosen.items()]
+
+
+def release_groups() -> None:
+    """Lets Megatron forget its groups, which go with the world's."""
+    parallel_state = sys.modules.get("megatron.core.parallel_state")
+    if parallel_state is not None:
+        parallel_state.destroy_model_parallel()
+
+
+def _megatron_groups(layout: Layout) -> dict[GroupKind, dist.ProcessGroup]:
+    with quiet_imports():
+        from megatron.core import parallel_state
+    if not parallel_state.model_parallel_is_initialized():
+        _initialize(parallel_state, layout)
+    # Any: torch's types include the placeholders of no group, which these are not.
+    world: Any = dist.group.WORLD
+    made: dict[GroupKind, dist.ProcessGroup] = {
+        "world": world,
+        "tp": parallel_state.get_tensor_model_parallel_group(),
+        "dp": parallel_state.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=True),
+        "pp": parallel_state.get_pipeline_model_parallel_group(),
+        "ep": parallel_state.get_expert_model_parallel_group(),
+        "expert_tp": parallel_state.get_expert_tensor_parallel_group(),
+        "expert_dp": parallel_state.get_expert_data_parallel_group(partial_expert_data_parallel=True),
+    }
+    made["tp_dp"] = _product(made["tp"], made["dp"])
+    made["expert_tp_dp"] = _product(made["expert_tp"], made["expert_dp"])
+    return made
+
+
+def _product(tp: dist.ProcessGroup, dp: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group over the tensor-parallel groups of a data-parallel group's members. Collective over the world."""
+    own = (dist.get_process_group_ranks(tp), dist.get_process_group_ranks(dp))
+    gathered: list[tuple[list[int], list[int]]] = [([], [])] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    members = [tuple(sorted(r for head in dp_ranks for r in gathered[head][0])) for _, dp_ranks in gathered]
+    mine = members[dist.get_rank()]
+    for existing, index in ((tp, 0), (dp, 1)):
+        # All or none: whether groups are made follows from what all ranks know.
+        if all(tuple(sorted(gathered[rank][index])) == members[rank] for rank in range(len(gathered))):
+            return existing
+    made: dict[tuple[int, ...], Any] = {ranks: dist.new_group(list(ranks)) for ranks in sorted(set(members))}
+    return made[mine]  # type: ignore[no-any-return]
+
+
+def _initialize(parallel_state: Any, layout: Layout) -> None:
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=layout.expert_tp,
+        num_distributed_optimizer_instances=layout.instances,
+        create_gloo_process_groups=False,
+    )

@@ -1,0 +1,132 @@
+"""Muon on plain tensors: no ranks, no groups. Each operation rounds once, so that slicing does not change a bit."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from megatron_muon.config import TORCH_DTYPES, MuonConfig, owner_factor
+from megatron_muon.newton_schulz import coefficients, load_backend, normalize, orthogonalize, scaling_for
+
+# 32 MiB in bf16, a few experts' matrices: enough to fill a device, while Newton-Schulz needs about three times a stack.
+_STACK_NUMEL = 2**24
+
+
+def momentum_update(
+    momenta: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    *,
+    momentum: float,
+    nesterov: bool,
+    gain: float = 1.0,
+    out: Sequence[Tensor] | None = None,
+    store: Callable[[Sequence[Tensor]], None] | None = None,
+) -> list[Tensor]:
+    """Advances the momentum buffers and returns what is to be orthogonalized.
+
+    m = momentum*m + gain*g, and u = gain*g + momentum*m with Nesterov, else m.
+
+    Args:
+        momenta: Buffers of any shape; mutated.
+        gradients: Of the same shapes; not mutated.
+        momentum: Decay.
+        nesterov: Whether to look ahead.
+        gain: 1 for heavy ball, 1 - momentum for an exponential moving average.
+        out: Where u is written, fp32 and of the same shapes; new tensors if None. Not used without Nesterov, unless
+            with `store`.
+        store: For buffers of fewer bits: writes fp32 values into them. u is computed from the values before that.
+
+    Returns:
+        One tensor per buffer. Without Nesterov and `store` these are the buffers themselves: read, do not write.
+    """
+    if not momenta:
+        return []
+    if gain != 1.0:
+        gradients = torch._foreach_mul([g.float() for g in gradients], gain)
+    directions = list(out) if out is not None else [torch.empty_like(m, dtype=torch.float32) for m in momenta]
+    if store is not None:
+        torch._foreach_copy_(directions, list(momenta))
+        torch._foreach_mul_(directions, momentum)
+        torch._foreach_add_(directions, list(gradients))
+        store(directions)
+    else:
+        torch._foreach_mul_(list(momenta), momentum)
+        torch._foreach_add_(list(momenta), list(gradients))
+        if not nesterov:
+            return list(momenta)
+        torch._foreach_copy_(directions, list(momenta))
+    if nesterov:
+        torch._foreach_mul_(directions, momentum)
+        torch._foreach_add_(directions, list(gradients))
+    return directions
+
+
+def in_ns_dtype(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """A matrix in the dtype of the Newton-Schulz iterations. fp16 has the range of no gradient: normalized before."""
+    return normalize(matrix.float()).to(dtype) if dtype == torch.float16 else matrix.to(dtype)
+
+
+@lru_cache(maxsize=8)
+def _backend(name: str, device_type: str) -> Callable[..., Tensor]:
+    """`orthogonalize` of another package's back end, which keeps closures from call to call."""
+    return load_backend(name, device_type).orthogonalize
+
+
+def orthogonalized_updates(views: Sequence[Tensor], config: MuonConfig) -> None:
+    """Replaces each logical matrix by its update: Newton-Schulz, then the scale of its own shape.
+
+    Args:
+        views: 2-D, of any strides; mutated. Their dtype is kept; the iterations run in `config.ns_dtype`.
+        config: Coefficients, steps, scale and whether matrices of equal shape are stacked, as many as 2**24 elements.
+    """
+    schedule = coefficients(config.coefficients, config.ns_steps)
+    dtype, scaling = TORCH_DTYPES[config.ns_dtype], scaling_for(config.coefficients)
+    if not views:
+        return
+    by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
+    for view in views:
+        by_shape[view.shape[0], view.shape[1]].append(view)
+    run = orthogonalize if config.ns_backend == "torch" else _backend(config.ns_backend, views[0].device.type)
+    for (rows, cols), group in by_shape.items():
+        factor = owner_factor(rows, cols, config)
+        size = max(1, _STACK_NUMEL // (rows * cols)) if config.batched else 1
+        for stack in (group[start : start + size] for start in range(0, len(group), size)):
+            matrices = [in_ns_dtype(view, dtype) for view in stack]
+            batch = torch.stack(matrices) if len(matrices) > 1 else matrices[0]
+            # Scaled in fp32: in bf16 the factor would be rounded before it is applied.
+            update = run(batch, schedule, method=config.ns_method, scaling=scaling).float().mul_(factor)
+            for view, matrix in zip(stack, update if len(matrices) > 1 else [update], strict=True):
+                view.copy_(matrix)
+
+
+def apply_updates(
+    parameters: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    *,
+    lr: float,
+    weight_decay: float,
+    cautious: bool = False,
+) -> None:
+    """w = w*(1 - lr*weight_decay) - lr*update; with `cautious`, only those w decay for which update*w >= 0.
+
+    Args:
+        parameters: Any shapes; mutated.
+        updates: The same shapes and dtype; mutated (scratch).
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+        cautious: Source: arXiv 2510.12402.
+    """
+    if not parameters:
+        return
+    if weight_decay != 0.0:
+        if cautious:
+            for w, update in zip(parameters, updates, strict=True):
+                w.copy_(torch.where(w * update >= 0, w * (1.0 - lr * weight_decay), w))
+        else:
+            torch._foreach_mul_(list(parameters), 1.0 - lr * weight_decay)
+    torch._foreach_mul_(list(updates), lr)
+    torch._foreach_sub_(list(parameters), list(updates))

@@ -1,0 +1,120 @@
+"""`python -m megatron_muon plan`: its output, and what it says to bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_muon.cli import main
+from megatron_muon.estimate.estimates import SCHEMES, plan_model
+from megatron_muon.estimate.plan_report import plan_to_json
+from megatron_muon.estimate.shapes import load_model
+from megatron_muon.estimate.stages import Layout
+from megatron_muon.plan.machines import MACHINES
+
+
+def shape_of(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: shape_of(v) for key, v in value.items()}
+    return type(value).__name__
+
+
+def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "plan.png"
+    arguments = ["plan", "moonlight-16b", "--dp", "16", "--pp", "4", "--ep", "8", "--json", "--plot", str(picture)]
+    assert main(arguments) == 0
+    first = capsys.readouterr().out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert main(arguments[:-2]) == 0
+    assert capsys.readouterr().out == first
+
+    content = json.loads(first)
+    plan = plan_model(load_model("moonlight-16b"), Layout(dp=16, pp=4, ep=8))
+    assert content == json.loads(json.dumps(plan_to_json(plan), allow_nan=False))
+    assert set(content) == {"version", "model", "layout", "settings", "prediction", "notes", "stages"}
+    assert content["layout"]["ranks"] == 64 and content["layout"]["expert_dp"] == 2
+    assert [stage["stages"] for stage in content["stages"]] == [[0], [1, 2], [3]]
+    milliseconds = {m.name: {"exchange": "float", "newton_schulz": "float"} for m in MACHINES}
+    range_of = {"mean": "float", "max": "float"}
+    scheme = {
+        "flops": {"max": "float", "mean": "float", "max_over_ideal": "float", "busiest_over_ideal": "float"},
+        "sent_bytes": range_of,
+        "team_bytes": range_of,
+        "momentum_bytes": {"mean": "float", "max": "int"},
+        "buffer_bytes": "int",
+        "padding": {"dense": "float", "expert": "float"},
+        "predicted_ms": milliseconds,
+    }
+    # The second stage: the first has no MoE layer alone, the last is like it.
+    assert shape_of(content["stages"][1]) == {
+        "stages": "list",
+        "num_layers": "int",
+        "ranks": "int",
+        "logical_matrices": "int",
+        "muon_numel_per_rank": {"dense": "int", "expert": "int"},
+        "ideal_flops": "float",
+        "adamw": {"sent_bytes": "float", "predicted_ms": {m.name: "float" for m in MACHINES}},
+        "schemes": dict.fromkeys(SCHEMES, scheme),
+    }
+
+
+def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "llama3-70b", "--dp", "64", "--tp", "8", "--pp", "16"]) == 0
+    out = capsys.readouterr().out
+    for text in ("Stages 1-15, each: 5 layers", "602.7 %", "predicted ms on B200", "Moonlight all-gather", "80%"):
+        assert text in out, text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gpt-5"], "no built-in model; expected one of moonlight-16b"),
+        (["llama3-8b", "--dp", "0"], "dp: got 0, expected a positive integer"),
+        (["llama3-8b", "--qkv-split", "heads"], "qkv_split: got 'heads'"),
+        (["moonlight-16b", "--tp", "3"], "16 attention heads do not divide over tensor-parallel size 3"),
+        (["moonlight-16b", "--dp", "48", "--ep", "48"], "a divisor of moonlight-16b's 64 experts"),
+        (["moonlight-16b", "--dp", "4", "--ep", "8"], "ep x etp: got 8 x 1, expected a divisor of dp x tp = 4 x 1"),
+        (["llama3-8b", "--dp", "8", "--ep", "8"], "llama3-8b has no routed experts"),
+        (["llama3-8b", "--pp", "33"], "33 stages for 32 layers"),
+        (["llama3-8b", "--pp", "2", "--layers-per-stage", "16,17"], "2 positive numbers that add up to 32"),
+        (["llama3-8b", "--pp", "2", "--layers-per-stage", "a,b"], "numbers separated by commas"),
+        (["llama3-8b", "--dp", "6", "--instances", "4"], "instances: got 4, expected a divisor of dp = 6"),
+        (["moonlight-16b", "--dp", "8", "--ep", "8", "--instances", "2"], "expert data-parallel size"),
+        (["llama3-8b", "--exchange-dtype", "fp8"], "exchange_dtype: got 'fp8'"),
+        (["llama3-8b", "--transformer-impl", "apex"], "transformer impl: got 'apex'"),
+        (["llama3-8b", "--ddp-bucket-size", "-1"], "bucket size: got -1"),
+        (["llama3-8b", "--plot", "/nowhere/plan.png"], "cannot write /nowhere/plan.png"),
+    ],
+)
+def test_bad_arguments(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("m.json", "{", "no valid JSON"),
+        ("m.json", "[]", "expected a mapping"),
+        ("m.json", '{"model_type": "mamba2"}', "got model_type 'mamba2' (architectures None), expected one of llama"),
+        ("m.json", '{"model_type": "llama"}', "has no 'hidden_size'"),
+        ("m.json", '{"model_type": "llama", "hidden_size": -1}', "hidden_size: got -1"),
+        ("m.yaml", "layers: [", "no valid YAML"),
+        ("m.yaml", "layers: []", "expected a list of layers"),
+        ("m.yaml", "layers: [{matrices: [{name: a, shape: [4]}]}]", "expected [rows, columns]"),
+        ("m.yaml", "layers: [{matrices: [{name: a, shape: [4, 4], splt: rows}]}]", "unknown splt"),
+        ("m.yaml", "layers: [{matrices: [{name: a, shape: [4, 4], split: heads}]}]", "split: got 'heads'"),
+        ("m.yaml", "layers: [{matrices: [{name: a, shape: [6, 4], parts: {q: 4}}]}]", "do not divide into repetitions"),
+        ("m.yaml", "layers: [{matrices: [{name: a, shape: [4, 4], parts: {q: 4}, gated: true}]}]", "one or the other"),
+        ("m.yaml", "layers: [{repeat: 0, matrices: [{name: a, shape: [4, 4]}]}]", "repeat: got 0"),
+        ("m.yaml", "{layers: [{matrices: [{name: a, shape: [4, 4]}]}], other_parameters: -1}", "expected a count"),
+    ],
+)
+def test_bad_files(name: str, text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    assert main(["plan", str(path)]) == 2
+    assert message in capsys.readouterr().err

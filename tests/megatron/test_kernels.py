@@ -1,0 +1,128 @@
+"""Start-up says which fused kernels Megatron will take, and names a partial installation instead of failing later."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_muon.megatron.entry import kernels
+from megatron_muon.megatron.entry.kernels import check_fused_kernels
+
+PACKAGES = ("transformer_engine", "apex", "amp_C")
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory of packages, in front of all others; the three packages are found there only."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    find_spec = kernels.importlib.util.find_spec
+
+    def in_site(name: str) -> object:
+        found = find_spec(name)
+        place = getattr(found, "origin", None) or ""
+        return found if name not in PACKAGES or place.startswith(str(tmp_path)) else None
+
+    monkeypatch.setattr(kernels.importlib.util, "find_spec", in_site)
+    before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in PACKAGES}
+    for name in before:
+        monkeypatch.delitem(sys.modules, name)
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition(".")[0] in PACKAGES]:
+        del sys.modules[name]
+
+
+def write(site: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = site / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+TE = {
+    "transformer_engine/__init__.py": "",
+    "transformer_engine/pytorch/__init__.py": "",
+    "transformer_engine/pytorch/optimizers/__init__.py": "class FusedAdam: ...",
+}
+APEX = {"apex/__init__.py": "", "apex/optimizers/__init__.py": "class FusedAdam: ..."}
+
+
+def test_torch_where_there_is_neither(site: Path) -> None:
+    assert check_fused_kernels() == check_fused_kernels(cpu=True) == "torch"
+
+
+def test_transformer_engine_comes_first(site: Path) -> None:
+    write(site, {**TE, **APEX, "amp_C.py": ""})
+    assert check_fused_kernels() == "transformer_engine"
+
+
+def test_apex_with_its_extensions(site: Path) -> None:
+    write(site, {**APEX, "amp_C.py": ""})
+    assert check_fused_kernels() == "apex"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "cause"),
+    [
+        # Core without the torch extension; a lone metapackage; packages of different versions.
+        (
+            "transformer_engine/pytorch/__init__.py",
+            "raise FileNotFoundError('Could not find shared object file: torch')",
+            "FileNotFoundError: Could not find shared object file: torch",
+        ),
+        (
+            "transformer_engine/__init__.py",
+            "raise RuntimeError('Found empty meta package')",
+            "RuntimeError: Found empty",
+        ),
+        ("transformer_engine/__init__.py", "assert False, 'version mismatch'", "AssertionError: version mismatch"),
+    ],
+)
+def test_partial_transformer_engine(
+    site: Path, monkeypatch: pytest.MonkeyPatch, file: str, text: str, cause: str
+) -> None:
+    write(site, {**TE, file: text})
+    installed = {"transformer-engine": "2.20.2", "transformer-engine-cu13": "2.20.2"}
+    monkeypatch.setattr(kernels, "_version", installed.get)
+    with pytest.raises(RuntimeError) as raised:
+        check_fused_kernels()
+    message = str(raised.value)
+    assert f"does not import ({cause}" in message
+    assert "with transformer-engine 2.20.2, transformer-engine-cu13 2.20.2, without transformer-engine-torch" in message
+    assert "pip install --no-build-isolation 'transformer-engine[core_cu13,pytorch]'" in message
+    assert message.endswith("pip uninstall transformer-engine transformer-engine-cu13")
+
+
+@pytest.mark.parametrize("extension", [{}, {"amp_C.py": "raise ImportError('undefined symbol: _ZN2at')"}])
+def test_apex_without_its_extensions(site: Path, extension: dict[str, str]) -> None:
+    write(site, {**APEX, **extension})
+    cause = "ImportError: undefined symbol" if extension else "ModuleNotFoundError: No module named 'amp_C'"
+    with pytest.raises(RuntimeError, match=f"CUDA extensions do not import \\({cause}.*APEX_CUDA_EXT=1 pip install"):
+        check_fused_kernels()
+
+
+def test_the_other_apex(site: Path) -> None:
+    """PyPI's, which is an authentication library: it is not imported to be told apart."""
+    write(site, {"apex/__init__.py": "from pyramid_mailer.interfaces import IMailer", "apex/lib/__init__.py": ""})
+    with pytest.raises(RuntimeError, match=r"another project of that name.*pip uninstall apex.*PyPI's apex is not it"):
+        check_fused_kernels()
+    assert "apex" not in sys.modules
+
+
+@pytest.mark.parametrize("files", [TE, {**APEX, "amp_C.py": ""}])
+def test_the_cpu_backend_refuses_kernels_of_cuda(site: Path, files: dict[str, str]) -> None:
+    write(site, files)
+    with pytest.raises(RuntimeError, match=r"expected none with the CPU backend.*use an environment without it"):
+        check_fused_kernels(cpu=True)
+
+
+def test_start_up_asks_before_megatron_is_imported(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the seams that the launcher and `enable` install."""
+    from megatron_muon.megatron.entry import seams as compat
+
+    write(site, {"apex/__init__.py": ""})
+    monkeypatch.setattr(compat, "check_megatron_version", lambda: pytest.fail("Megatron was imported first"))
+    with pytest.raises(RuntimeError, match="another project of that name"):
+        compat.install_core_seams()
