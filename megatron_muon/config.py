@@ -114,7 +114,10 @@ class MuonConfig:
     )
     splits: str = field(
         default="",
-        metadata={"help": "YAML file of rows that say which parameters are Muon's and how they are split; empty: none"},
+        metadata={
+            "help": "YAML file of rows that say which parameters are Muon's and how they are split; empty: none",
+            "is_file": True,
+        },
     )
     router: RouterOptimizer = field(default="muon", metadata={"help": "optimizer of MoE router weights"})
     tp_mode: TensorParallelMode = field(
@@ -152,7 +155,10 @@ class MuonConfig:
     )
     profile_links: str = field(
         default="",
-        metadata={"help": "file of `python -m megatron_muon.profile links`, whose rates profiles are compared with"},
+        metadata={
+            "help": "file of `python -m megatron_muon.profile links`, whose rates profiles are compared with",
+            "is_file": True,
+        },
     )
     init_from_adamw: InitFromAdamW = field(
         default="refuse",

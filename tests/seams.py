@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from megatron_muon.megatron.entry import arguments
+from megatron_muon.megatron.entry import messages
 from megatron_muon.megatron.entry import seams as compat
 
 
@@ -18,7 +18,7 @@ def seams_removed_afterwards() -> Iterator[None]:
         yield
     finally:
         compat.activate(None)
-        arguments.say.cache_clear()
+        messages.say.cache_clear()
         for module in list(sys.modules.values()):
             if inspect.ismodule(module):
                 owners = [module, *(v for v in vars(module).values() if inspect.isclass(v))]

@@ -17,7 +17,7 @@ import pytest
 from megatron_muon import cpu, launch
 from megatron_muon.config import MuonConfig
 from megatron_muon.megatron.entry import seams as compat
-from tests.distributed import run_ranks
+from tests.distributed import RankError, run_ranks
 from tests.seams import seams_removed_afterwards
 
 
@@ -239,3 +239,19 @@ def test_an_unmodified_script_trains_with_muon() -> None:
     for said in ("--optimizer muon becomes adam", "Newton-Schulz runs in fp32"):
         assert [said in text for _, text in muon] == [True, False]
         assert [said in text for _, text in adamw] == [False, False]
+
+
+def test_one_rank_alone_with_distributed_muon_is_an_error() -> None:
+    """Before the model is built, on both ranks."""
+    with pytest.raises(RankError) as raised:
+        run_ranks(_launch_one_with_muon, 2, PRETRAIN, TRAINING)
+    assert sorted(raised.value.errors) == [0, 1]
+    for kind, message, _ in raised.value.errors.values():
+        assert kind == "RuntimeError"
+        assert message.startswith(
+            "the ranks have different settings: distributed_muon: on on rank 0; off on rank 1; lr: 0.01 on rank 0; "
+        )
+
+
+def _launch_one_with_muon(rank: int, world_size: int, path: str, words: tuple[str, ...]) -> None:
+    _launch(rank, world_size, path, (*words, *(("--lr", "0.02") if rank else ("--distributed-muon",))))

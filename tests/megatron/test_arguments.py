@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_muon.config import PRESETS, MuonConfig
-from megatron_muon.megatron.entry import arguments
+from megatron_muon.megatron.entry import arguments, messages
 from megatron_muon.megatron.entry.checks import check_arguments, check_optimizer_config
 from megatron_muon.newton_schulz import ALIASES
 from tests.paths import EXAMPLES
@@ -32,9 +32,9 @@ OTHER = {
 
 @pytest.fixture(autouse=True)
 def _say_again() -> Iterator[None]:
-    arguments.say.cache_clear()
+    messages.say.cache_clear()
     yield
-    arguments.say.cache_clear()
+    messages.say.cache_clear()
 
 
 def new_parser() -> argparse.ArgumentParser:
@@ -275,7 +275,7 @@ def test_decisions_are_said_once_and_on_rank_0(
     for _ in range(2):
         parse(*ON, "--optimizer", "muon")
     assert capsys.readouterr().out.count("becomes adam") == 1
-    arguments.say.cache_clear()
+    messages.say.cache_clear()
     monkeypatch.setenv("RANK", "1")
     parse(*ON, "--optimizer", "muon")
     assert capsys.readouterr().out == ""

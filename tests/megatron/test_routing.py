@@ -119,11 +119,11 @@ def refuse(rank: int, world_size: int, case: str) -> None:
     initialize(layout)
     chunks = make_chunks("odd", layout, torch.float32)
     muon = MUON
+    if case == "plans differ" and rank == 1:
+        # As if this rank had another model.
+        next(chunks[0].decoder.layers[0].self_attention.linear_proj.parameters()).use_muon = False  # type: ignore
     if case != "untagged":
         tag_parameters(chunks, muon)
-    if case == "plans differ" and rank == 1:
-        # As if this rank had been started with another flag.
-        muon = replace(muon, qkv_split="none")
     if case == "qkv":
         attention: Any = chunks[0].decoder.layers[0].self_attention  # type: ignore[union-attr]
         attention.config.kv_channels = 5

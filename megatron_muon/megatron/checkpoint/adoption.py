@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.megatron.entry.arguments import say
 from megatron_muon.megatron.entry.checks import check_checkpoint_step, check_variant
+from megatron_muon.megatron.entry.messages import say
 from megatron_muon.state_keys import (
     MEAN,
     MOMENTUM,

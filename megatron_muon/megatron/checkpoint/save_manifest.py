@@ -25,7 +25,7 @@ from megatron_muon.checkpoints.manifest import Manifest, TensorEntry
 from megatron_muon.checkpoints.reader import TRACKER
 from megatron_muon.config import MuonConfig
 from megatron_muon.megatron.checkpoint.writers import first_line
-from megatron_muon.megatron.entry.arguments import say
+from megatron_muon.megatron.entry.messages import say
 
 Settings = Callable[[], MuonConfig | None]
 Seam = Callable[[Callable[..., Any]], Callable[..., Any]]

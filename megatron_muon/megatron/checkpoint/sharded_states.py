@@ -34,7 +34,7 @@ from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, Distribut
 from megatron.core.optimizer.optimizer import ChainedOptimizer, param_group_identifier_keys
 from torch import Tensor, nn
 
-from megatron_muon.megatron.entry.arguments import say
+from megatron_muon.megatron.entry.messages import say
 
 # What a schedule writes into a group at every step; all else in a group comes from this run's settings.
 _SCHEDULED = ("lr", "weight_decay")

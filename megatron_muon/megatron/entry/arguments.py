@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
@@ -20,6 +18,7 @@ from megatron_muon.config import PRESETS, MuonConfig, Preset
 from megatron_muon.matrices.user_rows import load_split_rows
 from megatron_muon.megatron.entry.checks import check_arguments, check_mup
 from megatron_muon.megatron.entry.fp8_checks import Machine, check_arguments_fp8, is_emulated
+from megatron_muon.megatron.entry.messages import say
 from megatron_muon.megatron.model import expert_fp8 as moe_fp8
 from megatron_muon.newton_schulz import ALIASES
 
@@ -255,13 +254,6 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     if "tp_mode" in given:
         given["tp_mode"] = _TP_MODES.get(given["tp_mode"], given["tp_mode"])
     return given
-
-
-@functools.cache
-def say(message: str) -> None:
-    """Prints a decision on rank 0, once per process: Megatron parses its arguments more than once."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"megatron_muon: {message}", flush=True)
 
 
 def _option(dest: str) -> str:

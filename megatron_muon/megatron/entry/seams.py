@@ -10,6 +10,7 @@ that no longer fits must not fall back to training without Muon.
 | `DistributedDataParallel.__init__` | every loop wraps its model with it: tags decide which buffer a parameter gets |
 | `TransformerLayer.__init__` | with FP8 weights for experts alone, a layer needs its name while it is built |
 | `wrap_model_chunks_with_ddp`, `_ddp_wrap` | megatron.training computes DDP's layouts before it, and needs the tags |
+| `setup_model_and_optimizer` | the first function after the process groups are made: ranks compare their settings |
 | `get_megatron_optimizer` | every loop builds its optimizer with it |
 | `get_mup_config_overrides` | muP's multipliers for AdamW's matrices must not reach Muon's |
 | `clip_qk` | megatron.training clips with it once the optimizer has stepped; the optimizer has clipped already |
@@ -35,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.megatron.entry import arguments
+from megatron_muon.megatron.entry.agreement import agree_on_settings, settings_of
 from megatron_muon.megatron.entry.checks import check_megatron_version, check_mup
 from megatron_muon.megatron.entry.kernels import check_fused_kernels
 from megatron_muon.megatron.model import expert_fp8 as moe_fp8
@@ -167,6 +169,7 @@ def install_training_seams() -> None:
     from megatron_muon.megatron.checkpoint import save_manifest as manifest
 
     dist_utils = importlib.import_module("megatron.training.models.dist_utils")
+    _wrap(modules[1], "setup_model_and_optimizer", _agreement_seam, ("model_type",), version, exact=False)
     _wrap(modules[0], "parse_args", _parser_seam, ("extra_args_provider", "ignore_unknown_args"), version)
     checkpointing = importlib.import_module("megatron.training.checkpointing")
     opening, saving = manifest.opening_seam(active_config), manifest.legacy_saving_seam(active_config)
@@ -374,6 +377,17 @@ def _parser_seam(original: Callable[..., Namespace]) -> Callable[..., Namespace]
         return args
 
     return parse_args
+
+
+def _agreement_seam(original: Callable[..., Any]) -> Callable[..., Any]:
+    def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
+        from megatron.training.global_vars import get_args
+
+        # Also without --distributed-muon: on another rank it may be given.
+        agree_on_settings(settings_of(_active, get_args()))
+        return original(*args, **kwargs)
+
+    return setup_model_and_optimizer
 
 
 def _tag(model_chunks: list[nn.Module]) -> None:

@@ -21,6 +21,7 @@ from torch import nn
 from megatron_muon.config import MuonConfig
 from megatron_muon.matrices.spec import MatrixSpec
 from megatron_muon.megatron.checkpoint.sharded_states import AdamDistributedOptimizer
+from megatron_muon.megatron.entry.agreement import agree_on_settings, settings_of
 from megatron_muon.megatron.entry.checks import check_optimizer_config
 from megatron_muon.megatron.entry.split_checks import check_splits
 from megatron_muon.megatron.log.parameter_table import Line, adam_lines, log_parameters, muon_lines
@@ -68,6 +69,7 @@ def get_megatron_optimizer(
     """
     muon = muon or MuonConfig()
     chunks = list(model_chunks)
+    agree_on_settings(settings_of(muon, config, chunks[0].config))
     check_optimizer_config(config, chunks[0].ddp_config)
     if dump_param_to_param_group_map is not None:
         raise NotImplementedError(
