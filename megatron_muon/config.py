@@ -137,6 +137,13 @@ class MuonConfig:
             "help": "what owners are chosen by: time, in which a team's messages count; or flops of Newton-Schulz alone"
         },
     )
+    links: str = field(
+        default="",
+        metadata={
+            "help": "file of `python -m megatron_muon.profile links --json`, whose figures owners are chosen by; "
+            "empty: conservative defaults"
+        },
+    )
     exchange_buffer_mb: int = field(
         default=1024, metadata={"help": "size in MiB of a round's exchange buffer on a rank; bounds the rounds"}
     )

@@ -9,7 +9,7 @@ from megatron_muon.matrices.fused import GatedMlp, parts_of, pattern
 from megatron_muon.matrices.spec import MatrixSpec, Part
 from megatron_muon.plan.build import CostModel, ShardedMatrix, Slice
 
-FREE = CostModel(flops_per_s=1.0, bytes_per_s=1e30, node_bytes_per_s=1e30, latency_s=0.0)
+FREE = CostModel(flops_per_s=1.0, bytes_per_s=1e30, node_bytes_per_s=1e30, latency_s=0, node_latency_s=0, launch_s=0)
 """With it sharing always pays, so that the planner makes teams of small matrices too."""
 
 

@@ -67,6 +67,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("profile", True, "expected int"),
     ("profile_dir", None, "expected str"),
     ("profile_links", 3, "expected str"),
+    ("links", 3, "expected str"),
     ("log_params", "all", "expected bool"),
     ("verify_checkpoint", 0, "expected bool"),
 ]
@@ -250,6 +251,7 @@ OTHER_VALUES: dict[str, Any] = dict(
     profile=10,
     profile_dir="profile",
     profile_links="links.json",
+    links="measured.json",
     log_params=True,
     init_from_adamw="fresh",
     verify_checkpoint=False,

@@ -54,6 +54,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     muon.add_argument("--qkv-split", default=None, help="fused QKV weights: none, qkv (default), group or head")
     muon.add_argument("--mla-split", default=None, help="MLA's weights: none (default), part or head")
     muon.add_argument("--balance", default=None, help="time (default): teams' messages count; or flops alone")
+    muon.add_argument("--links", type=Path, metavar="FILE", help="measured links (default: conservative figures)")
     muon.add_argument("--no-split-gated", action="store_true", help="orthogonalize gate and up as one matrix")
     megatron = parser.add_argument_group("Megatron")
     megatron.add_argument("--transformer-impl", default="transformer_engine", help="transformer_engine or local")
@@ -98,6 +99,8 @@ def _plan(args: argparse.Namespace) -> ModelPlan:
     from megatron_muon.estimate.schemes import Settings
     from megatron_muon.estimate.shapes import load_model
     from megatron_muon.estimate.stages import Layout
+    from megatron_muon.plan.cost_model import CostModel
+    from megatron_muon.plan.links_file import load_links
 
     flags = ("ns_steps", "exchange_dtype", "router", "qkv_split", "mla_split", "balance")
     given = {name: getattr(args, name) for name in flags}
@@ -120,6 +123,7 @@ def _plan(args: argparse.Namespace) -> ModelPlan:
         overlap_grad_reduce=not args.no_overlap_grad_reduce,
         bucket_size=args.ddp_bucket_size,
         grad_bytes=2 if args.grad_reduce_in_bf16 else 4,
+        cost=CostModel.for_device("cuda", load_links(args.links, "--links") if args.links else None),
     )
     return plan_model(load_model(args.model), layout, settings)
 

@@ -133,7 +133,7 @@ def build_plan(
         methods=tuple(map(tuple, methods)),
         ns_steps=ns_steps,
         ns_dtype=options.ns_dtype,
-        device_type=options.cost.device_type,
+        cost=options.cost,
         ns_method=options.ns_method,
         loads=tuple(loads_of(jobs, assigned, initial)),
     )

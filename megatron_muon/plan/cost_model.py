@@ -5,15 +5,25 @@ from __future__ import annotations
 import math
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 from megatron_muon.newton_schulz import Method, newton_schulz_flops
+from megatron_muon.plan.links_file import MeasuredLinks
 from megatron_muon.plan.machines import REACHED
 from megatron_muon.plan.seats import Seat
 
 _NORM_BYTES = 8
+LAUNCHES_PER_STAGE = 3
+"""Small kernels around a team's all-to-all: one packs what is sent, one adds or one places what has come, one spare."""
+
+
+class Messages(NamedTuple):
+    """What a team member sends: bytes in all, and the number of all-to-alls."""
+
+    sent_bytes: int
+    stages: int
 
 
 @dataclass(frozen=True)
@@ -24,9 +34,11 @@ class CostModel:
 
     Attributes:
         flops_per_s: Of Newton-Schulz's matrix products on one rank.
-        bytes_per_s: That one rank sends to ranks of other nodes.
-        node_bytes_per_s: That one rank sends to ranks of its node.
-        latency_s: Of one all-to-all.
+        bytes_per_s: What one rank sends to ranks of other nodes.
+        node_bytes_per_s: What one rank sends to ranks of its node.
+        latency_s: Time of a small all-to-all between nodes.
+        node_latency_s: Time of a small all-to-all within a node.
+        launch_s: Time that a small kernel adds to a stream.
         device_type: `torch.device.type`; some products cost fewer operations on a CPU.
     """
 
@@ -34,27 +46,51 @@ class CostModel:
     bytes_per_s: float = REACHED["cuda"].bytes_per_s
     node_bytes_per_s: float = REACHED["cuda"].node_bytes_per_s
     latency_s: float = REACHED["cuda"].latency_s
+    node_latency_s: float = REACHED["cuda"].node_latency_s
+    launch_s: float = REACHED["cuda"].launch_s
     device_type: str = "cuda"
 
     def __post_init__(self) -> None:
         for name in ("flops_per_s", "bytes_per_s", "node_bytes_per_s"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"CostModel.{name}: got {getattr(self, name)!r}, expected a positive number")
-        if not self.latency_s >= 0:
-            raise ValueError(f"CostModel.latency_s: got {self.latency_s!r}, expected a number that is not negative")
+        for name in ("latency_s", "node_latency_s", "launch_s"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(
+                    f"CostModel.{name}: got {getattr(self, name)!r}, expected a number that is not negative"
+                )
 
     @classmethod
-    def for_device(cls, device_type: str) -> CostModel:
-        """What a rank of such devices reaches; "cpu" stands for all that are not "cuda"."""
-        return cls(**asdict(REACHED["cuda" if device_type == "cuda" else "cpu"]), device_type=device_type)
+    def for_device(cls, device_type: str, links: MeasuredLinks | None = None) -> CostModel:
+        """What a rank of such devices reaches.
+
+        Args:
+            device_type: `torch.device.type`; whatever is not "cuda" counts as "cpu".
+            links: Measured figures, which replace the defaults of `machines.REACHED` where they are not None.
+        """
+        rates = asdict(REACHED["cuda" if device_type == "cuda" else "cpu"])
+        if links is not None:
+            for figures, bandwidth, latency in (
+                (links.intra_node, "node_bytes_per_s", "node_latency_s"),
+                (links.inter_node, "bytes_per_s", "latency_s"),
+            ):
+                if figures is not None:
+                    rates |= {bandwidth: figures.bandwidth_gb_per_s * 1e9, latency: figures.latency_us / 1e6}
+            if links.launch_us is not None:
+                rates["launch_s"] = links.launch_us / 1e6
+        return cls(**rates, device_type=device_type)
 
     def with_free_messages(self) -> CostModel:
-        """The same devices, on links that take no time."""
-        return replace(self, bytes_per_s=math.inf, node_bytes_per_s=math.inf, latency_s=0.0)
+        """The same devices, on links and streams that take no time."""
+        return replace(
+            self, bytes_per_s=math.inf, node_bytes_per_s=math.inf, latency_s=0.0, node_latency_s=0.0, launch_s=0.0
+        )
 
-    def as_flops(self, near_bytes: int, far_bytes: int, messages: int) -> int:
-        """The operations a rank could do while it sends to its own node and to others in `messages` all-to-alls."""
-        seconds = near_bytes / self.node_bytes_per_s + far_bytes / self.bytes_per_s + messages * self.latency_s
+    def as_flops(self, near: Messages, far: Messages) -> int:
+        """The operations that a rank could do while it sends within its node (`near`) and to other nodes (`far`)."""
+        seconds = near.sent_bytes / self.node_bytes_per_s + far.sent_bytes / self.bytes_per_s
+        seconds += near.stages * self.node_latency_s + far.stages * self.latency_s
+        seconds += (near.stages + far.stages) * LAUNCHES_PER_STAGE * self.launch_s
         return round(seconds * self.flops_per_s)
 
 
@@ -82,7 +118,14 @@ def band_flops(short: int, band: int, own_area: int, steps: int, *, divided: boo
 
 def band_stages(steps: int, *, divided: bool, groups: int) -> int:
     """All-to-alls of a team: the norm, then for each step a reduce-scatter and one or two all-gathers."""
-    return 1 + steps * (3 if divided else 2) * (2 if groups > 1 else 1)
+    near, far = _stages_by_reach(steps, divided=divided, groups=groups)
+    return near + far
+
+
+def _stages_by_reach(steps: int, *, divided: bool, groups: int) -> tuple[int, int]:
+    """All-to-alls of a team within each of its groups, and between groups or over all members."""
+    within = steps * (3 if divided else 2)
+    return (within, 1 + within) if groups > 1 else (0, 1 + within)
 
 
 def band_sent_bytes(short: int, seat: Seat, steps: int, itemsize: int, *, divided: bool) -> tuple[int, int]:
@@ -142,12 +185,15 @@ def band_cost(
     area = own_area(short, seat, seat.member)
     options = []
     for divided in (False, True):
-        near, far = band_sent_bytes(short, seat, steps, itemsize, divided=divided)
-        if kind == "across":
-            near, far = 0, near + far
+        near_bytes, far_bytes = band_sent_bytes(short, seat, steps, itemsize, divided=divided)
+        near_stages, far_stages = _stages_by_reach(steps, divided=divided, groups=groups)
+        near, far = Messages(near_bytes, near_stages), Messages(far_bytes, far_stages)
+        if kind != "nodes":
+            # All members in one node, or members anywhere, who count as if none were near.
+            total, nothing = Messages(near_bytes + far_bytes, near_stages + far_stages), Messages(0, 0)
+            near, far = (total, nothing) if kind == "node" else (nothing, total)
         flops = band_flops(short, -(-long // size), area, steps, divided=divided)
-        stages = band_stages(steps, divided=divided, groups=groups)
-        options.append((flops + cost.as_flops(near, far, stages), divided))
+        options.append((flops + cost.as_flops(near, far), divided))
     return min(options)
 
 

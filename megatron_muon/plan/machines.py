@@ -74,22 +74,27 @@ class Reached:
         flops_per_s: Of Newton-Schulz's matrix products.
         bytes_per_s: Sent to ranks of other nodes.
         node_bytes_per_s: Sent to ranks of its node.
-        latency_s: Of one all-to-all.
+        latency_s: Time of a small all-to-all between nodes.
+        node_latency_s: Time of a small all-to-all within a node.
+        launch_s: Time that a small kernel adds to a stream.
     """
 
     flops_per_s: float
     bytes_per_s: float
     node_bytes_per_s: float
     latency_s: float
+    node_latency_s: float
+    launch_s: float
 
 
 REACHED: Mapping[str, Reached] = MappingProxyType(
     {
         # An H100 node with eight 400 Gb/s network cards: about 40 % of the bf16 peak for products of a few thousand
-        # rows, 80 % of a card's 50 GB/s, two thirds of NVLink's 450 GB/s, and what a small all-to-all takes.
-        "cuda": Reached(flops_per_s=400e12, bytes_per_s=40e9, node_bytes_per_s=300e9, latency_s=20e-6),
+        # rows, 80 % of a card's 50 GB/s and two thirds of NVLink's 450 GB/s. Latencies and the launch are assumed, on
+        # the high side of what NCCL and CUDA reach; measure them with `python -m megatron_muon.profile links`.
+        "cuda": Reached(400e12, 40e9, 300e9, latency_s=40e-6, node_latency_s=20e-6, launch_s=4e-6),
         # One core, and Gloo over a loopback device.
-        "cpu": Reached(flops_per_s=50e9, bytes_per_s=1e9, node_bytes_per_s=1e9, latency_s=300e-6),
+        "cpu": Reached(50e9, 1e9, 1e9, latency_s=300e-6, node_latency_s=300e-6, launch_s=5e-6),
     }
 )
 """By `torch.device.type`. Cautious where `Machine`'s predictions are optimistic."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from megatron_muon.matrices.shares import Share, is_single, max_shares, share_run, share_shape, shares
 from megatron_muon.matrices.spec import MatrixSpec
 from megatron_muon.newton_schulz import Method as NewtonSchulzMethod
-from megatron_muon.plan.cost_model import alone_flops, band_flops, band_sent_bytes, band_stages, own_area
+from megatron_muon.plan.cost_model import CostModel, alone_flops, band_flops, band_sent_bytes, band_stages, own_area
 from megatron_muon.plan.seats import Seat
 
 
@@ -110,7 +110,8 @@ class OwnershipPlan:
         methods: For each parameter, for each of its parts, how its owners work if they are a team.
         ns_steps: Newton-Schulz iterations.
         ns_dtype: Their data type.
-        device_type: Of the devices that run them, for the FLOP count.
+        cost: Rates of the cluster by which the owners were chosen; in the fingerprint, so that ranks that read
+            different links files are refused.
         ns_method: Iteration of the matrices that one rank does, for the FLOP count.
         loads: What the planner reckoned with for each rank, in FLOPs: other plans' work, its Newton-Schulz, and what
             it could compute while its teams talk. Empty if the plan was not made by `build_plan`.
@@ -127,7 +128,7 @@ class OwnershipPlan:
     methods: tuple[tuple[Method, ...], ...]
     ns_steps: int
     ns_dtype: torch.dtype = torch.bfloat16
-    device_type: str = "cuda"
+    cost: CostModel = field(default_factory=CostModel)
     ns_method: NewtonSchulzMethod = "auto"
     loads: tuple[int, ...] = ()
 
@@ -171,7 +172,7 @@ class OwnershipPlan:
             self.methods,
             self.ns_steps,
             self.ns_dtype,
-            self.device_type,
+            self.cost,
             self.ns_method,
             self.loads,
         )
@@ -240,7 +241,7 @@ class OwnershipPlan:
             count, rows, cols = self.spec(item).logical_shape(item.part)
             extent = share.stop - share.start
             count = count * extent // self.spec(item).joined_shape(item.part)[share.dim]
-            return alone_flops(count, rows, cols, self.ns_steps, self.ns_dtype, self.device_type, self.ns_method)
+            return alone_flops(count, rows, cols, self.ns_steps, self.ns_dtype, self.cost.device_type, self.ns_method)
         area = own_area(team.short, team.seat(item.share), item.share)
         return band_flops(team.short, share.stop - share.start, area, self.ns_steps, divided=team.method.divided)
 
@@ -256,7 +257,9 @@ class OwnershipPlan:
     def total_flops(self) -> int:
         """Newton-Schulz FLOPs of one step if no matrix were shared; over the ranks, the ideal load."""
         return sum(
-            alone_flops(*m.spec.logical_shape(part), self.ns_steps, self.ns_dtype, self.device_type, self.ns_method)
+            alone_flops(
+                *m.spec.logical_shape(part), self.ns_steps, self.ns_dtype, self.cost.device_type, self.ns_method
+            )
             for m in self.matrices
             for part in range(len(m.spec.parts))
         )

@@ -421,7 +421,7 @@ def test_balanced_by_flops_alone(model: str, sizes: dict[str, int]) -> None:
 @pytest.mark.parametrize("layers, best", [(slice(0, 7), 8), (slice(7, 14), 1)])
 def test_the_first_kinds_teams_are_as_large_as_levels_the_sum(layers: slice, best: int) -> None:
     """Moonlight on 256 ranks a stage: with no limit the dense matrices' teams leave experts nothing uneven to fill."""
-    settings = Settings()
+    settings = Settings(cost=CostModel(latency_s=20e-6, node_latency_s=20e-6, launch_s=0))
     kinds = stage_kinds(load_model("moonlight-16b").layers[layers], Layout(dp=256, pp=4, ep=8), settings)
     busiest = {}
     for limit in (settings.muon.max_team_size, 8, 1):

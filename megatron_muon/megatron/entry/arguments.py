@@ -21,6 +21,7 @@ from megatron_muon.megatron.entry.fp8_checks import Machine, check_arguments_fp8
 from megatron_muon.megatron.entry.messages import say
 from megatron_muon.megatron.model import expert_fp8 as moe_fp8
 from megatron_muon.newton_schulz import ALIASES
+from megatron_muon.plan.links_file import load_links
 
 GROUP_TITLE = "distributed muon"
 DEFAULT_PRESET: Preset = "moonlight"
@@ -153,8 +154,8 @@ def apply(
         The settings, or None without `--distributed-muon`.
 
     Raises:
-        ValueError: If a value is bad, --muon-splits names a bad file, flags contradict each other, or flags of this
-            package are given without `--distributed-muon`.
+        ValueError: If a value is bad, --muon-splits or --muon-links names a bad file, flags contradict each other, or
+            flags of this package are given without `--distributed-muon`.
         NotImplementedError: If something is asked for that Distributed Muon does not support.
         RuntimeError: If FP8 is asked for and this machine cannot run it.
     """
@@ -172,6 +173,8 @@ def apply(
     check_mup(getattr(args, "use_mup", False), config.scale_mode)
     if config.splits:
         load_split_rows(config.splits)  # bad rows are told before anything starts
+    if config.links:
+        load_links(config.links)  # so is a bad links file
     _apply_fp8(args, config, cpu=cpu, machine=machine)
     _write_back(args, config)
     return config

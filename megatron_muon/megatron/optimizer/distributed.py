@@ -19,11 +19,13 @@ from megatron_muon.megatron.checkpoint.sharded_states import CheckpointedOptimiz
 from megatron_muon.megatron.entry.checks import check_variant
 from megatron_muon.optimizer.sharded_muon import ShardedMuon
 from megatron_muon.plan.build import CostModel, OwnershipPlan, PlanOptions, ShardedMatrix, Slice, build_plan
+from megatron_muon.plan.links_file import load_links
 
 # What says how a run began, what it logs or checks, does not change how it goes on.
 _NOT_IN_CHECKPOINTS = frozenset(
     {
         "init_from_adamw",
+        "links",
         "log_interval",
         "log_params",
         "metrics_dir",
@@ -63,7 +65,8 @@ def _device() -> torch.device:
 
 def plan_options(muon: MuonConfig, grid: Grid) -> PlanOptions:
     """What plans are made with on this machine."""
-    return PlanOptions.from_config(muon, CostModel.for_device(_device().type), grid.node_of)
+    links = load_links(muon.links) if muon.links else None
+    return PlanOptions.from_config(muon, CostModel.for_device(_device().type, links), grid.node_of)
 
 
 class MuonDistributedOptimizer(CheckpointedOptimizer):

@@ -52,7 +52,7 @@ class Duty:
                 share = plan.share(item)
                 count = count * (share.stop - share.start) // plan.spec(item).joined_shape(item.part)[share.dim]
                 one = newton_schulz_bytes(
-                    rows, cols, plan.ns_steps, plan.ns_method, dtype=plan.ns_dtype, device_type=plan.device_type
+                    rows, cols, plan.ns_steps, plan.ns_method, dtype=plan.ns_dtype, device_type=plan.cost.device_type
                 )
                 total += count * one
             traffic.append(total)
