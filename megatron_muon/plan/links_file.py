@@ -81,9 +81,11 @@ def load_links(path: str | Path, flag: str = "--muon-links") -> MeasuredLinks:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{where}: the file cannot be read: {error}") from error
+        raise ValueError(
+            f"{where}: got a file that cannot be read, expected JSON of measured links: {error}"
+        ) from error
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: the file is not valid JSON: {error}") from error
+        raise ValueError(f"{where}: got a file that is not valid JSON, expected measured links: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(
             f'{where}: got a file without "format": "{FORMAT}", expected one that `python -m megatron_muon.profile '

@@ -302,7 +302,7 @@ BAD_WORDS: list[tuple[tuple[str, ...], type[Exception], str]] = [
         "--muon-qkv-split: got 'qkv', expected 'none', which is what --muon-no-split-qkv means; give only one",
     ),
     (("--muon-splits", "nowhere.yaml"), ValueError, "--muon-splits nowhere.yaml: got what cannot be read"),
-    (("--muon-links", "nowhere.json"), ValueError, "--muon-links nowhere.json: the file cannot be read"),
+    (("--muon-links", "nowhere.json"), ValueError, "--muon-links nowhere.json: got a file that cannot be read"),
     (("--muon-scalar-optimizer", "lion"), NotImplementedError, "--muon-scalar-optimizer: got 'lion'"),
     (("--lr=-1e-3",), ValueError, "--lr: got -0.001"),
     (("--lr", "nan"), ValueError, "--lr: got nan"),

@@ -35,7 +35,7 @@ def test_the_example_holds_the_defaults() -> None:
 
 
 INVALID: list[tuple[Any, str]] = [
-    ("{", "the file is not valid JSON"),
+    ("{", "got a file that is not valid JSON"),
     ("[]", 'got a file without "format": "megatron_muon_links"'),
     ({"version": 1}, 'got a file without "format": "megatron_muon_links"'),
     ({**MEASURED.to_json(), "version": 2}, "version: got 2, expected 1"),
