@@ -11,7 +11,7 @@ from megatron_muon.exchange.phases import BUSY, FLIGHTS
 from megatron_muon.observe.page import plain, png
 from megatron_muon.observe.timing.peaks import Ceiling, RunFacts
 from megatron_muon.observe.timing.ranks import RankStep
-from megatron_muon.observe.timing.units import arithmetic, bandwidth
+from megatron_muon.observe.units import arithmetic, bandwidth
 from megatron_muon.profile.merge import Merged
 
 MAX_RANKS = 16

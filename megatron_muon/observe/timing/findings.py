@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from megatron_muon.observe.timing.peaks import RunFacts
 from megatron_muon.observe.timing.steps import StepSummary
-from megatron_muon.observe.timing.units import amount, arithmetic, bandwidth
+from megatron_muon.observe.units import amount, arithmetic, bandwidth
 from megatron_muon.plan.machines import REACHED
 from megatron_muon.plan.rounds import ENOUGH_ROUNDS
 

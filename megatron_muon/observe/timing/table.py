@@ -14,7 +14,7 @@ from megatron_muon.exchange.phases import BUSY, FLIGHTS
 from megatron_muon.observe.timing.findings import find
 from megatron_muon.observe.timing.peaks import Ceiling, RunFacts
 from megatron_muon.observe.timing.steps import Devices, Spread, StepSummary
-from megatron_muon.observe.timing.units import amount, arithmetic, bandwidth, work
+from megatron_muon.observe.units import amount, arithmetic, bandwidth, work
 
 WIDTH = 110
 Row = tuple[str, Spread, str, str, str]

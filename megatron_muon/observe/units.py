@@ -1,4 +1,4 @@
-"""Amounts and rates as text, in the unit that fits."""
+"""Amounts and rates as text, each in the unit that fits."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ def amount(num_bytes: float) -> str:
         if num_bytes >= size:
             return f"{num_bytes / size:.3g} {unit}"
     return f"{num_bytes:.0f} B"
+
+
+def count(number: float) -> str:
+    """A number of parameters or elements."""
+    for suffix, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {suffix}"
+    return f"{number:.0f}"
 
 
 def bandwidth(bytes_per_s: float) -> str:
