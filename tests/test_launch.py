@@ -18,6 +18,7 @@ from megatron_muon import cpu, launch
 from megatron_muon.config import MuonConfig
 from megatron_muon.megatron.entry import seams as compat
 from tests.distributed import RankError, run_ranks
+from tests.paths import TESTS
 from tests.seams import seams_removed_afterwards
 
 
@@ -206,7 +207,7 @@ def test_as_a_command(tmp_path: Path) -> None:
 
 
 # A script that knows nothing of this package.
-PRETRAIN = str(Path(__file__).parent / "cpu_pretrain_gpt.py")
+PRETRAIN = str(TESTS / "scripts" / "cpu_pretrain_gpt.py")
 TRAINING = (
     *("--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", "16"),
     *("--max-position-embeddings", "16", "--micro-batch-size", "2", "--global-batch-size", "8", "--train-iters", "3"),

@@ -10,15 +10,15 @@ import socket
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from tests.checkpoint_runs import STATES, child_processes
 from tests.distributed import run_ranks
+from tests.paths import TESTS
 
-SCRIPT = str(Path(__file__).with_name("cpu_pretrain_gpt.py"))
+SCRIPT = str(TESTS / "scripts" / "cpu_pretrain_gpt.py")
 # Experts over two ranks and dense parameters sharded over both: two AdamW-like and two Muon-like kinds of buffers.
 MODEL = shlex.split("""
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16

@@ -19,7 +19,7 @@ from tests.checkpoint_runs import child_processes
 from tests.distributed import RankError, run_ranks
 from tests.paths import TESTS
 
-SCRIPT = str(TESTS / "cpu_pretrain_gpt.py")
+SCRIPT = str(TESTS / "scripts" / "cpu_pretrain_gpt.py")
 COMMON = shlex.split("""
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16
     --micro-batch-size 1 --global-batch-size 4 --lr 1e-2 --lr-decay-style constant --train-iters 4

@@ -86,7 +86,7 @@ def session(
         global_vars._GLOBAL_ARGS = SimpleNamespace(tensorboard_dir=board)
     if teams:
         # Talking costs nothing, so that every matrix is shared.
-        CostModel.for_device = lambda device_type: replace(FREE, device_type=device_type)  # type: ignore[method-assign]
+        CostModel.for_device = lambda device_type, links=None: replace(FREE, device_type=device_type)  # type: ignore[method-assign]
     if fault == "clock":
         time.time = lambda: 1e9 - 1e6 * rank  # set back by days
         time.time_ns = lambda: 10**18
@@ -186,9 +186,9 @@ def fill_disk(trace: Path, writer: Writer) -> None:
 
 
 def end_in_newton_schulz() -> None:
-    from megatron_muon.optimizer import sharded_muon as optimizer
+    from megatron_muon.optimizer import step
 
-    optimizer.orthogonalized_updates = lambda *args: os._exit(1)
+    step.orthogonalized_updates = lambda *args: os._exit(1)
 
 
 def settings(directory: Path, every: int = 2) -> dict[str, Any]:

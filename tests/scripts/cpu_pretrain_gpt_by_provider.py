@@ -14,7 +14,7 @@ from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_
 from megatron.training.arguments import parse_and_validate_args
 from megatron.training.models.gpt import GPTModelBuilder
 
-from tests.cpu_pretrain_gpt import datasets_provider, forward_step
+from tests.scripts.cpu_pretrain_gpt import datasets_provider, forward_step
 
 
 def model_provider(pre_process: bool, post_process: bool, pg_collection: Any = None, **rest: Any) -> Any:
