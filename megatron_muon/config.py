@@ -141,7 +141,8 @@ class MuonConfig:
         default="",
         metadata={
             "help": "file of `python -m megatron_muon.profile links --json`, whose figures owners are chosen by; "
-            "empty: conservative defaults"
+            "empty: conservative defaults",
+            "is_file": True,
         },
     )
     exchange_buffer_mb: int = field(

@@ -18,7 +18,7 @@ from tests.test_config import FIELDS, OTHER_VALUES
 
 CONFIG_SETTINGS = dict(lr=0.5, min_lr=1e-5, weight_decay=0.2, clip_grad=2.0, adam_beta2=0.5, loss_scale=64.0)
 MODEL_SETTINGS = dict(qk_clip=True, qk_clip_threshold=30.0, qk_clip_alpha=0.4, log_max_attention_logit=True)
-FILES = ("splits", "profile_links")
+FILES = ("splits", "links", "profile_links")
 
 
 def with_field(name: str) -> MuonConfig:
