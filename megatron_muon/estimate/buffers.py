@@ -13,6 +13,7 @@ from typing import Any
 from megatron_muon.estimate.stages import Grid
 from megatron_muon.matrices.spec import MatrixSpec
 from megatron_muon.plan.build import ShardedMatrix, Slice
+from megatron_muon.plan.shards import shard_ranges
 
 
 @dataclass(frozen=True)
@@ -124,18 +125,8 @@ def _buffer(optimizer: Any, numels: Sequence[int], dp: int, bucket_size: int | N
     for parameter in parameters:
         begin, end, bucket_id = layout.param_index_map[parameter]
         bucket_begin, bucket_end = layout.bucket_indices[bucket_id]
-        size = (bucket_end - bucket_begin) // dp
-        first, last = (begin - bucket_begin) // size, (end - 1 - bucket_begin) // size
-        shards.append(
-            tuple(
-                (
-                    rank,
-                    max(bucket_begin + rank * size - begin, 0),
-                    min(bucket_begin + (rank + 1) * size, end) - begin,
-                )
-                for rank in range(first, last + 1)
-            )
-        )
+        shard_numel = (bucket_end - bucket_begin) // dp
+        shards.append(tuple(shard_ranges(begin - bucket_begin, end - bucket_begin, shard_numel)))
     numel = layout.bucket_indices[-1][1] if layout.bucket_indices else 0
     return Buffer(numel, numel - sum(numels), tuple(shards))
 

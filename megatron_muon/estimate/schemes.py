@@ -143,20 +143,17 @@ def distributed_muon(buffer: Buffer, plan: OwnershipPlan, grid: Grid, settings: 
     element_size = TORCH_DTYPES[settings.muon.exchange_dtype].itemsize
     places = [grid.stage_rank(rank, ep_rank) for rank in range(grid.size)]
     padding = adamw_sent_bytes(buffer.padding_numel, grid, settings)
-    sent = [0] * grid.size
     collectives = [ring(padding, grid.dp, group_stride(grid))]
     for round_index in range(len(plan.rounds)):
         for scatter in (False, True):
-            traffic = plan.traffic(round_index, scatter=scatter)
-            for rank, row in enumerate(traffic):
-                sent[rank] += sum(row) - row[rank]
-            collectives.append(all_to_all(traffic, element_size, places))
+            moved = plan.transfers(plan.items(round_index), scatter=scatter)
+            collectives.append(all_to_all(moved, element_size, places))
     nodes = [place // settings.gpus_per_node for place in places]
     near, far = plan.team_sent_bytes(nodes)
     collectives.append(Collective(float(max(near)), float(max(far))))
     return Load(
         tuple(map(float, plan.rank_flops)),
-        tuple(n * element_size + padding for n in sent),
+        tuple(n * element_size + padding for n in plan.sent_numel()),
         tuple(float(a + b) for a, b in zip(near, far, strict=True)),
         _sharded_momentum(buffer, grid),
         buffer,

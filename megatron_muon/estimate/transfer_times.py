@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from megatron_muon.plan.machines import GPUS_PER_NODE, Collective
+from megatron_muon.plan.ownership import Transfers
 
 
 def ring(sent_bytes: float, size: int, stride: int) -> Collective:
@@ -26,29 +27,24 @@ def ring(sent_bytes: float, size: int, stride: int) -> Collective:
     return Collective(sent_bytes * (in_node - 1) / in_node, sent_bytes / in_node)
 
 
-def all_to_all(traffic: Sequence[Sequence[int]], element_size: int, places: Sequence[int]) -> Collective:
+def all_to_all(moved: Transfers, element_size: int, places: Sequence[int]) -> Collective:
     """An all-to-all.
 
     Args:
-        traffic: Elements that rank i sends to rank j, as `traffic[i][j]`.
+        moved: Who sends how much to whom; what a rank keeps counts nothing.
         element_size: Bytes of an element.
         places: Global rank of each rank, counted from the start of a node.
     """
     nodes = np.asarray(places) // GPUS_PER_NODE
-    # Column sums per node of the sender, so that what stays within the receiver's node can be told apart.
-    received = np.zeros(len(places), dtype=np.int64)
-    received_near = np.zeros(len(places), dtype=np.int64)
-    near = network = 0
-    for rank, row in enumerate(traffic):
-        sent: NDArray[np.int64] = np.array(row, dtype=np.int64)
-        sent[rank] = 0
-        received += sent
-        same_node = nodes == nodes[rank]
-        sent_near = int(sent[same_node].sum())
-        received_near[same_node] += sent[same_node]
-        near = max(near, sent_near)
-        network = max(network, int(sent.sum()) - sent_near)
-    if len(places):
-        near = max(near, int(received_near.max()))
-        network = max(network, int((received - received_near).max()))
-    return Collective(float(near * element_size), float(network * element_size))
+    away = moved.sources != moved.destinations
+    near = away & (nodes[moved.sources] == nodes[moved.destinations])
+
+    def most(chosen: NDArray[np.bool_]) -> float:
+        """Bytes of the rank that sends or receives most of the chosen transfers."""
+        totals = [
+            np.bincount(ends[chosen], weights=moved.numels[chosen], minlength=1)
+            for ends in (moved.sources, moved.destinations)
+        ]
+        return float(max(total.max() for total in totals)) * element_size
+
+    return Collective(most(near), most(away & ~near))

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_muon.matrices.spec import MatrixSpec
@@ -167,12 +169,21 @@ def _in_piece(spec: MatrixSpec, part: int, share: Share, piece: int) -> tuple[_R
     return stored, collected
 
 
-def share_run(spec: MatrixSpec, part: int, share: Share, piece: int, start: int, stop: int) -> tuple[int, int]:
-    """What the flat range [start, stop) of piece `piece` has of a share: a range of the share's own order in it."""
+def share_positions(
+    spec: MatrixSpec, part: int, share: Share, piece: int, flat: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """How many elements of a share lie before each of some positions of piece `piece`, flattened.
+
+    Of a slice [start, stop) the elements between the two results belong to the share, in the share's own order.
+    """
     stored, _ = _in_piece(spec, part, share, piece)
     if stored.empty:
-        return 0, 0
-    return stored.before(spec.part_offset(part, piece, start)), stored.before(spec.part_offset(part, piece, stop))
+        return np.zeros_like(flat)
+    row, col = np.divmod(spec.part_offsets(part, piece, flat), stored.pitch)
+    height = stored.bottom - stored.top
+    in_row = np.where((row >= stored.top) & (row < stored.bottom), np.clip(col - stored.left, 0, stored.width), 0)
+    before: NDArray[np.int64] = np.clip(row - stored.top, 0, height) * stored.width + in_row
+    return before
 
 
 def stored_strips(spec: MatrixSpec, part: int, share: Share, piece: int, start: int, stop: int) -> list[Strip]:

@@ -12,6 +12,9 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -187,10 +190,12 @@ class MatrixSpec:
         joined, tile = self.joined_shape(index), self.tile_shape(index)
         return joined[0] // tile[0], joined[1] // tile[1]
 
-    def part_offset(self, index: int, piece: int, flat: int) -> int:
-        """How many elements of part `index` lie before position `flat` of piece `piece`, flattened."""
-        cols, ranges = self.shape[1], self.parts[index].rows_in(piece)
-        return sum(min(max(flat - start * cols, 0), (stop - start) * cols) for start, stop in ranges)
+    def part_offsets(self, index: int, piece: int, flat: NDArray[np.int64]) -> NDArray[np.int64]:
+        """How many elements of part `index` lie before each of some positions of piece `piece`, flattened."""
+        cols, before = self.shape[1], np.zeros_like(flat)
+        for start, stop in self.parts[index].rows_in(piece):
+            before += np.clip(flat - start * cols, 0, (stop - start) * cols)
+        return before
 
 
 def whole(rows: int) -> tuple[Part, ...]:

@@ -6,14 +6,16 @@ tested for any number of ranks in one process.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
 from megatron_muon.config import TORCH_DTYPES, Balance, MuonConfig
-from megatron_muon.matrices.shares import is_single, max_shares, share_run, shares
+from megatron_muon.matrices.shares import is_single, max_shares, share_positions, shares
 from megatron_muon.matrices.spec import MatrixSpec
 from megatron_muon.newton_schulz import Method as NewtonSchulzMethod
 from megatron_muon.plan.assign import Job, Owners, assign, loads_of
@@ -184,16 +186,24 @@ def _node_size(nodes: Sequence[int]) -> int:
 def _job(
     matrix: ShardedMatrix, part: int, tp_ranks: Sequence[int], node_size: int, ns_steps: int, options: PlanOptions
 ) -> Job:
-    spec = matrix.spec
+    spec, slices = matrix.spec, matrix.slices
     most = min(options.max_team_size, len(tp_ranks), max_shares(spec, part))
     costs = share_costs(
         spec.logical_shape(part), most, node_size, ns_steps, options.ns_dtype, options.team_cost, options.ns_method
     )
-    held = {}
-    for s in matrix.slices:
-        piece = spec.piece_of(tp_ranks[s.rank])
-        held[s.rank] = spec.part_offset(part, piece, s.stop) - spec.part_offset(part, piece, s.start)
-    return Job((spec.name, part), costs, {rank: numel for rank, numel in held.items() if numel})
+    if len(spec.parts) == 1:
+        return Job((spec.name, part), costs, {s.rank: s.stop - s.start for s in slices})
+    held: dict[int, int] = {}
+    for piece in range(spec.num_pieces):
+        here = [s for s in slices if spec.piece_of(tp_ranks[s.rank]) == piece]
+        starts, stops = (spec.part_offsets(part, piece, np.array(ends)) for ends in _ends(here))
+        numels = (stops - starts).tolist()
+        held |= {s.rank: numel for s, numel in zip(here, numels, strict=True) if numel}
+    return Job((spec.name, part), costs, held)
+
+
+def _ends(slices: Sequence[Slice]) -> tuple[list[int], list[int]]:
+    return [s.start for s in slices], [s.stop for s in slices]
 
 
 def _method(spec: MatrixSpec, part: int, owners: Owners, node_size: int, ns_steps: int, options: PlanOptions) -> Method:
@@ -218,13 +228,13 @@ def _by_share(
         return ranks
     spec, size = matrix.spec, len(ranks) // groups
     held: dict[tuple[int, int], int] = {}
-    for s in matrix.slices:
-        if s.rank in ranks:
-            piece = spec.piece_of(tp_ranks[s.rank])
-            for index, share in enumerate(shares(spec, part, len(ranks))):
-                start, stop = share_run(spec, part, share, piece, s.start, s.stop)
-                if start < stop:
-                    held[index, s.rank] = stop - start
+    for piece in range(spec.num_pieces):
+        here = [s for s in matrix.slices if s.rank in ranks and spec.piece_of(tp_ranks[s.rank]) == piece]
+        starts, stops = (np.array(ends, dtype=np.int64) for ends in _ends(here))
+        for index, share in enumerate(shares(spec, part, len(ranks))):
+            before = (share_positions(spec, part, share, piece, flat) for flat in (stops, starts))
+            numels = np.subtract(*before).tolist()
+            held |= {(index, s.rank): numel for s, numel in zip(here, numels, strict=True) if numel}
     group_of = {rank: index // size for index, rank in enumerate(ranks)}
     by_group: dict[tuple[int, int], int] = defaultdict(int)
     for (index, rank), numel in held.items():
@@ -253,14 +263,15 @@ def _rounds(plan: OwnershipPlan, options: PlanOptions) -> tuple[tuple[int, ...],
     itemsize = options.exchange_dtype.itemsize
     work: list[dict[int, int]] = [defaultdict(int) for _ in plan.matrices]
     buffer: list[dict[int, int]] = [defaultdict(int) for _ in plan.matrices]
-    # (parameter, rank, which half of the buffer) -> elements in the gather and in the scatter.
+    # A scatter is at least as large as a gather: it fills every slice, also those of copies that are not gathered.
+    for matrix, sizes in zip(plan.matrices, buffer, strict=True):
+        for s in matrix.slices:
+            sizes[s.rank] += (s.stop - s.start) * itemsize
     for item in plan.all_items():
-        owner = plan.owner(item)
+        owner, spec = plan.owner(item), plan.spec(item)
         work[item.matrix][owner] += plan.item_flops(item)
-        # A copy of a replicated parameter that is not gathered still gets its update, so that a scatter is the larger.
-        for segment in plan.segments(item, scatter=True):
-            buffer[item.matrix][segment.rank] += segment.numel * itemsize
-            buffer[item.matrix][owner] += segment.numel * itemsize
+        copies = spec.tp_size if spec.replicated else 1
+        buffer[item.matrix][owner] += math.prod(plan.shape(item)) * copies * itemsize
     loads = [Load(m.spec.name, work[i], buffer[i]) for i, m in enumerate(plan.matrices)]
     busy = {rank for per_rank in work for rank in per_rank}
     owned = sum(map(len, work))

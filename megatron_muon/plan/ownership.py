@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from megatron_muon.matrices.shares import Share, is_single, max_shares, share_run, share_shape, shares
+from megatron_muon.matrices.shares import Share, is_single, max_shares, share_positions, share_shape, shares
 from megatron_muon.matrices.spec import MatrixSpec
 from megatron_muon.newton_schulz import Method as NewtonSchulzMethod
 from megatron_muon.plan.cost_model import CostModel, alone_flops, band_flops, band_sent_bytes, band_stages, own_area
@@ -56,6 +59,14 @@ class Segment:
     @property
     def numel(self) -> int:
         return self.stop - self.start
+
+
+class Transfers(NamedTuple):
+    """Runs on the wire as columns, one entry for each: who sends how many elements to whom."""
+
+    sources: NDArray[np.int64]
+    destinations: NDArray[np.int64]
+    numels: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -273,42 +284,60 @@ class OwnershipPlan:
 
         The copy gathered is the one of the owner's TP rank, so that it need not leave the owner's node.
         """
-        matrix = self.matrices[item.matrix]
-        spec, share = matrix.spec, self.share(item)
-        owner_tp_rank = self.tp_ranks[self.owner(item)]
-        out = []
-        for s in matrix.slices:
-            tp_rank = self.tp_ranks[s.rank]
-            if spec.replicated and not scatter and tp_rank != owner_tp_rank:
-                continue
-            piece = spec.piece_of(tp_rank)
-            start, stop = share_run(spec, item.part, share, piece, s.start, s.stop)
-            if start < stop:
-                out.append(Segment(item, s.rank, piece, start, stop))
-        return out
+        ranks, pieces, starts, stops = (column.tolist() for column in self._runs(item, scatter=scatter))
+        return [Segment(item, *run) for run in zip(ranks, pieces, starts, stops)]
 
-    def traffic(self, round_index: int, *, scatter: bool) -> list[list[int]]:
-        """Elements that rank i sends to rank j in a round's gather (or scatter), as `traffic[i][j]`."""
-        sent = [[0] * self.world_size for _ in range(self.world_size)]
-        for item in self.items(round_index):
-            owner = self.owner(item)
-            for segment in self.segments(item, scatter=scatter):
-                if scatter:
-                    sent[owner][segment.rank] += segment.numel
-                else:
-                    sent[segment.rank][owner] += segment.numel
+    @cached_property
+    def _stored(self) -> tuple[tuple[NDArray[np.int64], ...], ...]:
+        """For each parameter, the columns (rank, TP rank, start, stop) of its slices."""
+        out = []
+        for m in self.matrices:
+            columns = np.array([(s.rank, self.tp_ranks[s.rank], s.start, s.stop) for s in m.slices], dtype=np.int64)
+            out.append(tuple(columns.T))
+        return tuple(out)
+
+    def _runs(self, item: Item, *, scatter: bool) -> tuple[NDArray[np.int64], ...]:
+        """The columns (rank, piece, start, stop) of an item's segments; see `segments`."""
+        spec, share = self.spec(item), self.share(item)
+        ranks, tp_ranks, starts, stops = self._stored[item.matrix]
+        pieces = tp_ranks if spec.num_pieces > 1 else np.zeros_like(tp_ranks)
+        first, last = np.zeros_like(starts), np.zeros_like(stops)
+        for piece in np.unique(pieces):
+            here = pieces == piece
+            first[here] = share_positions(spec, item.part, share, int(piece), starts[here])
+            last[here] = share_positions(spec, item.part, share, int(piece), stops[here])
+        kept = first < last
+        if spec.replicated and not scatter:
+            kept &= tp_ranks == self.tp_ranks[self.owner(item)]
+        return ranks[kept], pieces[kept], first[kept], last[kept]
+
+    def transfers(self, items: Iterable[Item], *, scatter: bool) -> Transfers:
+        """What the gather (or the scatter) of some items moves, also from a rank to itself."""
+        stored, owned, numels = [], [], []
+        for item in items:
+            ranks, _, starts, stops = self._runs(item, scatter=scatter)
+            stored.append(ranks)
+            owned.append(np.full_like(ranks, self.owner(item)))
+            numels.append(stops - starts)
+        empty = [np.zeros(0, dtype=np.int64)]
+        at_storage, at_owner = np.concatenate(stored or empty), np.concatenate(owned or empty)
+        sources, destinations = (at_owner, at_storage) if scatter else (at_storage, at_owner)
+        return Transfers(sources, destinations, np.concatenate(numels or empty))
+
+    def traffic(self, round_index: int, *, scatter: bool) -> NDArray[np.int64]:
+        """Elements that rank i sends to rank j in a round's gather (or scatter), as `traffic[i, j]`."""
+        moved = self.transfers(self.items(round_index), scatter=scatter)
+        sent = np.zeros((self.world_size, self.world_size), dtype=np.int64)
+        np.add.at(sent, (moved.sources, moved.destinations), moved.numels)
         return sent
 
     def sent_numel(self) -> tuple[int, ...]:
         """Elements that each rank sends to other ranks in one step's exchange, gather and scatter together."""
-        total = [0] * self.world_size
-        for item in self.all_items():
-            owner = self.owner(item)
-            for scatter in (False, True):
-                for segment in self.segments(item, scatter=scatter):
-                    if segment.rank != owner:
-                        total[owner if scatter else segment.rank] += segment.numel
-        return tuple(total)
+        total = np.zeros(self.world_size, dtype=np.int64)
+        for scatter in (False, True):
+            moved = self.transfers(self.all_items(), scatter=scatter)
+            np.add.at(total, moved.sources, np.where(moved.sources != moved.destinations, moved.numels, 0))
+        return tuple(total.tolist())
 
     def team_sent_bytes(self, nodes: Sequence[int] | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Bytes that each rank sends to other members of its teams in one step: (within its node, to other nodes).

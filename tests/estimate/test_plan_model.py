@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -34,6 +35,7 @@ from megatron_muon.matrices.fused import FusedQkv
 from megatron_muon.newton_schulz import newton_schulz_flops
 from megatron_muon.plan.build import CostModel
 from megatron_muon.plan.machines import LINK_EFFICIENCY, MACHINES
+from megatron_muon.plan.ownership import Transfers
 from tests.distributed import run_ranks
 from tests.models import Layout as RunLayout
 
@@ -480,12 +482,13 @@ def test_optimizer_instances() -> None:
 
 def test_links() -> None:
     # Ranks 0..15, two nodes. Rank 1 receives most within a node, 3 + 4, and rank 8 most from the other node, 5 + 6.
-    traffic = [[0] * 16 for _ in range(16)]
-    traffic[0][0], traffic[0][1], traffic[2][1], traffic[0][8], traffic[3][8] = 9, 3, 4, 5, 6
-    collective = all_to_all(traffic, 2, range(16))
+    sources, destinations, numels = map(np.array, zip((0, 0, 9), (0, 1, 3), (2, 1, 4), (0, 8, 5), (3, 8, 6)))
+    collective = all_to_all(Transfers(sources, destinations, numels), 2, range(16))
     assert (collective.nvlink_bytes, collective.network_bytes) == (2 * 7, 2 * 11)
     # The other way round ranks 1 and 8 send as much.
-    assert all_to_all([list(row) for row in zip(*traffic, strict=True)], 2, range(16)) == collective
+    assert all_to_all(Transfers(destinations, sources, numels), 2, range(16)) == collective
+    nothing = np.zeros(0, dtype=np.int64)
+    assert all_to_all(Transfers(nothing, nothing, nothing), 2, range(16)) == type(collective)(0.0, 0.0)
     # Eight rings leave a node through eight adapters; a group with one rank per node has one.
     assert ring(800.0, 16, 1).network_bytes == 100.0
     assert ring(800.0, 16, 8) == type(collective)(0.0, 800.0)

@@ -6,13 +6,14 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_muon.matrices.shares import logical_views, share_run, share_shape, shares, stored_strips
+from megatron_muon.matrices.shares import logical_views, share_positions, share_shape, shares, stored_strips
 from megatron_muon.matrices.spec import Blocks, MatrixSpec, Part, Ranges, whole
 
 EXAMPLES = settings(max_examples=200, deadline=None, derandomize=True)
@@ -158,10 +159,11 @@ def test_strips_and_offsets_of_a_flat_range(case: Numbered, data: st.DataObject)
             positions = [int(i) for s in strips for i in s.view(torch.arange(start, stop)).flatten()]
             assert positions == [i for i in range(start, stop) if i // spec.shape[1] in rows]
             before = [i for i in range(start) if i // spec.shape[1] in rows]
-            assert spec.part_offset(index, piece, start) == len(before)
             # A piece of the part, flattened, is its runs in a row: a slice lies at [offset(start), offset(stop)) of it.
-            first, last = (spec.part_offset(index, piece, at) for at in (start, stop))
-            assert share_run(spec, index, everything, piece, start, stop) == (first, last)
+            ends = np.array([start, stop])
+            first, last = spec.part_offsets(index, piece, ends).tolist()
+            assert first == len(before)
+            assert share_positions(spec, index, everything, piece, ends).tolist() == [first, last]
             inside = case.pieces(index)[piece].flatten()[first:last]
             assert torch.equal(inside, case.local(piece).flatten()[positions])
             covered[piece] += positions

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.optimizer.distrib_optimizer import Range
 from torch import nn
 
 from megatron_muon.config import MuonConfig
@@ -20,6 +19,7 @@ from megatron_muon.megatron.entry.checks import check_variant
 from megatron_muon.optimizer.sharded_muon import ShardedMuon
 from megatron_muon.plan.build import CostModel, OwnershipPlan, PlanOptions, ShardedMatrix, Slice, build_plan
 from megatron_muon.plan.links_file import load_links
+from megatron_muon.plan.shards import shard_ranges
 
 # What says how a run began, what it logs or checks, does not change how it goes on.
 _NOT_IN_CHECKPOINTS = frozenset(
@@ -149,16 +149,11 @@ class MuonDistributedOptimizer(CheckpointedOptimizer):
         for buffer in self.buffers:
             size = buffer.data_parallel_group.size()
             for bucket in buffer.buckets:
-                shard = bucket.grad_data.numel() // size
-                for dp_rank in range(size):
-                    begin = bucket.offset + dp_rank * shard
-                    stored = self._build_model_gbuf_param_range_map(
-                        {p: buffer.param_index_map[p] for p in bucket.params_list},
-                        Range(begin, begin + shard),
-                        bucket.offset,
-                    )
-                    for parameter, entry in stored.items():
-                        out.setdefault(parameter, {})[dp_rank] = (entry["param"].start, entry["param"].end)
+                shard_numel = bucket.grad_data.numel() // size
+                for parameter in bucket.params_list:
+                    begin, end, _ = buffer.param_index_map[parameter]
+                    ranges = shard_ranges(begin - bucket.offset, end - bucket.offset, shard_numel)
+                    out[parameter] = {dp_rank: (start, stop) for dp_rank, start, stop in ranges}
         return out
 
     def _main_slices(self) -> dict[nn.Parameter, torch.Tensor]:
