@@ -357,7 +357,7 @@ REFUSED: dict[str, tuple[list[str], dict[str, Any], Layout, str, list[str]]] = {
         {},
         Layout(2),
         "RuntimeError",
-        ["global rank 1 has read other rows than rank 0; give all ranks the same file"],
+        ["the ranks have different settings: ", "0.yaml", "1.yaml", "splits"],
     ),
     "blockwise": (
         [],
