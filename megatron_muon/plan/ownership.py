@@ -324,12 +324,13 @@ class OwnershipPlan:
         sources, destinations = (at_owner, at_storage) if scatter else (at_storage, at_owner)
         return Transfers(sources, destinations, np.concatenate(numels or empty))
 
-    def traffic(self, round_index: int, *, scatter: bool) -> NDArray[np.int64]:
-        """Elements that rank i sends to rank j in a round's gather (or scatter), as `traffic[i, j]`."""
+    def traffic(self, round_index: int, *, scatter: bool) -> list[list[int]]:
+        """Elements that rank i sends to rank j in a round's gather (or scatter), as `traffic[i][j]`."""
         moved = self.transfers(self.items(round_index), scatter=scatter)
         sent = np.zeros((self.world_size, self.world_size), dtype=np.int64)
         np.add.at(sent, (moved.sources, moved.destinations), moved.numels)
-        return sent
+        out: list[list[int]] = sent.tolist()
+        return out
 
     def sent_numel(self) -> tuple[int, ...]:
         """Elements that each rank sends to other ranks in one step's exchange, gather and scatter together."""

@@ -89,7 +89,7 @@ def plan_traffic(plan: OwnershipPlan, *, expert: bool, ranks: Sequence[int], dty
         raise ValueError(f"ranks: got {len(ranks)}, expected the plan's {plan.world_size}")
 
     def matrix(round_index: int, scatter: bool) -> Matrix:
-        return tuple(map(tuple, plan.traffic(round_index, scatter=scatter).tolist()))
+        return tuple(map(tuple, plan.traffic(round_index, scatter=scatter)))
 
     rounds = tuple(RoundTraffic(matrix(r, False), matrix(r, True)) for r in range(len(plan.rounds)))
     return Traffic(expert, tuple(ranks), dtype, rounds)
