@@ -12,7 +12,7 @@ TE_VERSION := 2.20.2
 # TE's torch extension, built for this Python and torch. PyPI has its source only, which takes a quarter of an hour.
 TE_WHEEL ?= $(firstword $(wildcard ../shared/wheels/transformer_engine_torch-$(TE_VERSION)-*.whl))
 
-.PHONY: venv demo ablations test test-all test-te lint bench clean
+.PHONY: venv demo ablations test test-all test-te lint bench docs clean
 venv: $(STAMP)
 
 $(STAMP): setup.py
@@ -67,5 +67,13 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/step.py --growth
 	$(BIN)/python benchmarks/profile_overhead.py
 
+# A documentation site in site/. Once the packages are installed, nothing is fetched.
+$(VENV)/.docs-installed: $(STAMP)
+	$(BIN)/pip install --quiet --editable ".[docs]"
+	touch $@
+
+docs: $(VENV)/.docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) $(TE_VENV) runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf site $(VENV) $(TE_VENV) runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

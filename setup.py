@@ -22,6 +22,8 @@ setup(
         # NVML's counters, clocks and power; everything else of `megatron_muon.profile` works without.
         "profile": ["matplotlib>=3.8", "nvidia-ml-py>=12.570"],
         "te": ["transformer-engine[core_cu13,pytorch]>=2.20,<3"],
+        # `make docs`.
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1"],
         "kernels": ["emerging-optimizers>=0.3,<0.4"],
         "test": [
             *("einops>=0.8", "hypothesis>=6", "jsonschema>=4.18", "mypy>=1.15", "nvidia-ml-py>=12.570"),

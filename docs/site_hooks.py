@@ -1,0 +1,136 @@
+"""MkDocs hooks: pages that come from elsewhere in the repository, the table of flags, and a check of the result.
+
+Pages outside docs/ (CONTRIBUTING.md, CHANGELOG.md, benchmarks/results) are added under the names below, so that each
+text has one home. The table of flags is made from `MuonConfig`, so that it cannot differ from the program.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+FLAGS_MARK = "<!-- flags -->"
+SEAMS_MARK = "<!-- seams -->"
+
+# Headings of the table, with the settings under each in order. What is missing here comes under "Others".
+FLAG_GROUPS = {
+    "Rule": (
+        *("variant", "momentum", "nesterov", "momentum_form", "momentum_dtype", "beta2", "second_moment_eps"),
+        *("cautious_weight_decay", "scale_mode", "update_rms", "extra_scale_factor"),
+    ),
+    "Newton-Schulz": ("coefficients", "ns_steps", "ns_dtype", "ns_method", "ns_backend", "batched"),
+    "Matrices": ("qkv_split", "mla_split", "split_gated", "splits", "router", "tp_mode", "log_params"),
+    "Owners and exchange": ("balance", "links", "max_team_size", "exchange_dtype", "exchange_buffer_mb"),
+    "Metrics and profiles": ("log_interval", "metrics_dir", "profile", "profile_dir", "profile_links"),
+    "Checkpoints": ("init_from_adamw", "verify_checkpoint", "verify_saves"),
+    "FP8": ("moe_fp8",),
+}
+
+
+def generated_pages() -> dict[str, Path]:
+    """Pages of the site that lie outside docs/, by their address in the site."""
+    pages = {"contributing.md": ROOT / "CONTRIBUTING.md", "changelog.md": ROOT / "CHANGELOG.md"}
+    for path in sorted(RESULTS.glob("*.md")) + sorted(RESULTS.glob("*.png")):
+        pages[f"results/{path.name}"] = path
+    return pages
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    for address, path in generated_pages().items():
+        files.append(File.generated(config, address, abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    if page.file.src_uri in generated_pages():
+        # Written for the repository's root, shown at the site's.
+        markdown = markdown.replace("](docs/", "](")
+    if FLAGS_MARK in markdown:
+        markdown = markdown.replace(FLAGS_MARK, flag_tables())
+    if SEAMS_MARK in markdown:
+        markdown = markdown.replace(SEAMS_MARK, seam_table())
+    return markdown
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Puts drawings into the page itself, where they take the colour of its text, in light and in dark mode."""
+
+    def drawing(match: re.Match[str]) -> str:
+        svg = (ROOT / "docs" / "drawings" / match[1]).read_text(encoding="utf-8")
+        return f'<div class="drawing-scroll">{svg}</div>'
+
+    return re.sub(r"<!-- drawing: (\S+) -->", drawing, html)
+
+
+def flag_tables() -> str:
+    """One table for each group of flags: flag, values, default, meaning."""
+    from megatron_muon.config import MuonConfig
+
+    known = {setting.name: setting for setting in fields(MuonConfig)}
+    hints = get_type_hints(MuonConfig)
+    grouped = {name for names in FLAG_GROUPS.values() for name in names}
+    groups = {**FLAG_GROUPS, "Others": tuple(name for name in known if name not in grouped)}
+    out = []
+    for title, names in groups.items():
+        rows = [_flag_row(known[name], hints[name]) for name in names if name in known]
+        if rows:
+            out += [f"### {title}\n", "| flag | values | default | meaning |", "|---|---|---|---|", *rows, ""]
+    return "\n".join(out)
+
+
+def _flag_row(setting: Any, hint: Any) -> str:
+    option = f"--muon-{setting.name.replace('_', '-')}"
+    cells = [f"`{option}`", "", f"`{setting.default}`", setting.metadata["help"]]
+    if hint is bool:
+        cells[0] = f"`{option}`, `{option.replace('--muon-', '--muon-no-')}`"
+        cells[2] = "on" if setting.default else "off"
+    elif choices := get_args(hint):
+        cells[1] = ", ".join(f"`{choice}`" for choice in choices)
+    else:
+        cells[1] = {"str": "text", "int": "whole number", "float": "number"}[hint.__name__]
+        if setting.default == "":
+            cells[2] = "empty"
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def seam_table() -> str:
+    """The table of seams from the docstring of the module that installs them."""
+    text = (ROOT / "megatron_muon" / "megatron" / "entry" / "seams.py").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|.*\|$", text, flags=re.MULTILINE)
+    if not rows:
+        raise PluginError("seams.py: got no table in the module's docstring, expected one for docs/seams.md")
+    return "\n".join(rows)
+
+
+class _Fetches(HTMLParser):
+    """Collects what a page would fetch from another host. Links that a reader follows are not among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        loads = {"script": "src", "img": "src", "iframe": "src", "source": "src", "link": "href"}
+        address = values.get(loads.get(tag, "")) or ""
+        if re.match(r"(https?:)?//", address) and values.get("rel") != "canonical":
+            self.found.append(address)
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    """Fails the build if a page would fetch something from a network."""
+    for page in sorted(Path(config.site_dir).rglob("*.html")):
+        parser = _Fetches()
+        parser.feed(page.read_text(encoding="utf-8"))
+        if parser.found:
+            raise PluginError(f"{page}: would fetch {parser.found[0]}, expected a page that needs no network")
