@@ -20,7 +20,6 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FLAGS_MARK = "<!-- flags -->"
-SEAMS_MARK = "<!-- seams -->"
 
 # Headings of the table, with the settings under each in order. What is missing here comes under "Others".
 FLAG_GROUPS = {
@@ -57,8 +56,6 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         markdown = markdown.replace("](docs/", "](")
     if FLAGS_MARK in markdown:
         markdown = markdown.replace(FLAGS_MARK, flag_tables())
-    if SEAMS_MARK in markdown:
-        markdown = markdown.replace(SEAMS_MARK, seam_table())
     return markdown
 
 
@@ -101,15 +98,6 @@ def _flag_row(setting: Any, hint: Any) -> str:
         if setting.default == "":
             cells[2] = "empty"
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def seam_table() -> str:
-    """The table of seams from the docstring of the module that installs them."""
-    text = (ROOT / "megatron_muon" / "megatron" / "entry" / "seams.py").read_text(encoding="utf-8")
-    rows = re.findall(r"^\|.*\|$", text, flags=re.MULTILINE)
-    if not rows:
-        raise PluginError("seams.py: got no table in the module's docstring, expected one for docs/seams.md")
-    return "\n".join(rows)
 
 
 class _Fetches(HTMLParser):
