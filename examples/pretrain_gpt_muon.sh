@@ -8,13 +8,16 @@
 # two places: `-m megatron_muon.launch` before the script, and `--distributed-muon` among its arguments. Without
 # `--distributed-muon` (and the preset) the same command trains with AdamW. Further arguments are passed on and win.
 #
-# Expected of the second command (shortened):
+# The second command prints (shortened; two cores of an AMD EPYC):
 #
 #   megatron_muon: --device cpu adds --distributed-backend gloo --transformer-impl local ...
 #   megatron_muon: Newton-Schulz runs in fp32, since bf16 products are slow on a CPU; setting ns_dtype overrides this
 #   iteration        1/      20 | ... | lm loss: 6.257982E+00 | ... | grad norm: 1.253 | ...
 #   iteration       20/      20 | ... | lm loss: 3.551173E+00 | ... | grad norm: 1.143 | ...
 #   validation loss at iteration 20 on validation set | lm loss value: 3.251802E+00 | ...
+#
+# Losses depend on the processor, since products round differently, and on the versions of torch and Megatron.
+# Another processor gave 6.270065 at the first step and 3.539892 at the last. On one machine they are the same in every run.
 set -euo pipefail
 
 RANKS=${RANKS:-8}
