@@ -83,7 +83,7 @@ def measure(rank: int, world_size: int, matrices: int, size: int, buffer_bytes: 
         rows["in_flight"].append(sum(b - a for a, b in spans["in_flight"]))
         rows["waiting"].append(sum(b - a for a, b in spans["waiting"]))
         rows["hidden"].append(hidden_share(spans["in_flight"], spans["waiting"]))
-        rows["alone"].append(exchange_alone(optimizer, slices))
+        rows["alone"].append(exchange_alone(optimizer))
     medians = {name: statistics.median(values) for name, values in rows.items()}
     return {
         "rank": rank,
@@ -98,15 +98,14 @@ def _seconds(span: Span) -> tuple[float, float]:
     return span.start_ns / 1e9, span.stop_ns / 1e9
 
 
-def exchange_alone(optimizer: ShardedMuon, slices: dict[int, torch.nn.Parameter]) -> float:
+def exchange_alone(optimizer: ShardedMuon) -> float:
     """Seconds for the same exchange, one collective after the other, with nothing computed."""
     exchange = optimizer.exchange
     dist.barrier()
     start = time.perf_counter()
-    for index, members in enumerate(exchange.plan.rounds):
-        own = {i: slices[i].detach() for i in members}
-        parts = exchange.finish_gather(exchange.start_gather(index, own), torch.float32)
-        exchange.finish_scatter(exchange.start_scatter(index, parts), own)
+    for transfer in range(exchange.wire.num_transfers):
+        exchange.start(transfer)
+        exchange.finish(transfer)
     return time.perf_counter() - start
 
 

@@ -1,13 +1,13 @@
-"""Moves parts between the ranks that store their slices and the ranks that own them, along a plan.
+"""Moves slices between the ranks that store them and the ranks that own their matrices, along a plan.
 
-Each round is one all-to-all towards the owners and one back, and between the two those of the round's teams, if it has
-any. Every rank of the group takes part in each of them, in the plan's order, also with nothing to send.
+All that a step needs is prepared when the exchange is made: buffers, views of them, and lists of copies. A step then
+calls, for each round, what `ShardedMuon` describes, on every rank of the group and in the plan's order.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate
@@ -16,36 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_muon.exchange.copies import Copies, paired
 from megatron_muon.exchange.lockstep import Scratch, Talk, run_lockstep
 from megatron_muon.exchange.phases import LABELS, Flight, Watch
 from megatron_muon.matrices.shares import Strip, collected_strips, stored_strips
 from megatron_muon.plan.ownership import Item, OwnershipPlan, Segment
-
-
-@dataclass(frozen=True)
-class _Run:
-    """A segment and where its elements lie in what this rank has: its slice, or the share it collects."""
-
-    segment: Segment
-    strips: tuple[Strip, ...]
-
-
-@dataclass(frozen=True)
-class _Route:
-    """This rank's side of one all-to-all: runs it holds as storage, and runs it holds as owner, in wire order."""
-
-    stored: tuple[_Run, ...]
-    owned: tuple[_Run, ...]
-    stored_splits: tuple[int, ...]
-    owned_splits: tuple[int, ...]
-
-    @property
-    def stored_numel(self) -> int:
-        return sum(self.stored_splits)
-
-    @property
-    def owned_numel(self) -> int:
-        return sum(self.owned_splits)
+from megatron_muon.plan.wire import Wire
 
 
 @dataclass
@@ -58,29 +34,78 @@ class ExchangeStats:
     team_bytes_sent: int = 0
 
 
-@dataclass
-class Pending:
-    """An all-to-all under way."""
+@dataclass(frozen=True)
+class SliceBatch:
+    """Slices of this rank that share the scratch: their directions are packed together, and their updates unpacked.
 
-    round_index: int
-    route: _Route
-    received: Tensor
-    work: dist.Work | None
+    Attributes:
+        flats: Parameter index -> the slice's place in the scratch, flat, fp32. Another batch may use it after `pack`,
+            or after what `unpack` brought has been applied.
+        pack: Copies directions from the scratch to the wire, or to the collected tensors if the slices are resident.
+        unpack: Copies updates from where they arrive to the scratch.
+    """
+
+    flats: dict[int, Tensor]
+    pack: Copies = field(default_factory=Copies)
+    unpack: Copies = field(default_factory=Copies)
+
+
+@dataclass(frozen=True)
+class _Round:
+    """This rank's part of a round, prepared.
+
+    Attributes:
+        travelling: Slices that cross the wire.
+        resident: Slices that this rank stores and owns.
+        parts: Item -> where this rank collects it, (rows, cols), in the wire's dtype.
+        stacks: (count, rows, cols) views of `parts`: logical matrices of one shape that this rank does alone.
+        pack: Copies updates from the collected tensors to the wire.
+        unpack: Copies directions from the wire to the collected tensors.
+    """
+
+    travelling: tuple[SliceBatch, ...] = ()
+    resident: tuple[SliceBatch, ...] = ()
+    parts: dict[Item, Tensor] = field(default_factory=dict)
+    stacks: tuple[Tensor, ...] = ()
+    pack: Copies = field(default_factory=Copies)
+    unpack: Copies = field(default_factory=Copies)
+
+
+_NOTHING = _Round()
+
+
+@dataclass(frozen=True)
+class _Transfer:
+    """This rank's part of one all-to-all, prepared.
+
+    Attributes:
+        name: What it carries for any rank.
+        moves: Whether any rank sends anything to another one.
+        send: What this rank sends, by peer.
+        receive: What it receives, by peer.
+        send_splits: Elements for each peer.
+        receive_splits: Elements from each peer.
+    """
+
+    name: Flight
+    moves: bool
+    send: Tensor
+    receive: Tensor
+    send_splits: list[int]
+    receive_splits: list[int]
 
 
 @dataclass
 class Exchange:
-    """The all-to-alls of one plan over one process group.
-
-    Buffers are made when they are first needed and kept: three for rounds under way, used in turn, each as large as
-    the largest round needs it, and one for the parts that this rank owns in a round. A round's buffer has two halves:
-    what this rank stores, sent in the gather and received in the scatter, and what it owns, the other way round.
+    """The all-to-alls of one plan over one process group. See `plan.wire` for what transfers and resident slices are.
 
     Attributes:
         plan: The same on every rank of the group.
         group: Its ranks are the plan's; None is the default group.
-        dtype: Of the elements on the wire.
+        dtype: Of the elements on the wire and of collected parts.
         device: Of the buffers.
+        scratch_numel: Elements of fp32 scratch for directions and updates; a larger slice makes it as large as itself.
+        keep_resident: False sends resident slices over the wire too.
         stats: Counters of this rank.
         watch: Sees the phases.
 
@@ -92,6 +117,8 @@ class Exchange:
     group: dist.ProcessGroup | None
     dtype: torch.dtype
     device: torch.device
+    scratch_numel: int = 2**24
+    keep_resident: bool = True
     stats: ExchangeStats = field(default_factory=ExchangeStats)
     watch: Watch = LABELS
 
@@ -100,15 +127,17 @@ class Exchange:
         world_size = dist.get_world_size(self.group) if dist.is_initialized() else 1
         if world_size != self.plan.world_size:
             raise RuntimeError(f"the group has {world_size} ranks, but the plan was made for {self.plan.world_size}")
+        self.wire = Wire(self.plan, self.keep_resident)
         self._held = {
             index: (s.start, s.stop)
             for index, matrix in enumerate(self.plan.matrices)
             for s in matrix.slices
             if s.rank == self.rank
         }
-        self._routes = [(self._route(r, scatter=False), self._route(r, scatter=True)) for r in range(self.num_rounds)]
+        self._in_flight: dict[int, dist.Work] = {}
         self._stages = [self.plan.team_stages(r) for r in range(self.num_rounds)]
-        self._scratch = Scratch(self.device)
+        self._team_scratch = Scratch(self.device)
+        self._prepare()
 
     @property
     def num_rounds(self) -> int:
@@ -116,66 +145,74 @@ class Exchange:
 
     @property
     def buffer_bytes(self) -> int:
-        """What the buffers of rounds and of collected parts take on this rank, once made."""
-        return sum(buffer.nbytes for name, buffer in self._scratch.buffers.items() if name not in TEAM_BUFFERS)
+        """What the persistent buffers take on this rank, those of teams excepted; see `Wire.buffer_bytes`."""
+        return sum(b.nbytes for b in (self._send, self._receive, self._collected, self._scratch))
 
-    def _route(self, round_index: int, *, scatter: bool) -> _Route:
-        stored: list[tuple[int, _Run]] = []
-        owned: list[tuple[int, _Run]] = []
-        for item in self.plan.items(round_index):
-            owner, spec, share = self.plan.owner(item), self.plan.spec(item), self.plan.share(item)
-            for run in self.plan.segments(item, scatter=scatter):
-                if run.rank == self.rank:
-                    strips = stored_strips(spec, item.part, share, run.piece, *self._held[item.matrix])
-                    stored.append((owner, _Run(run, tuple(strips))))
-                if owner == self.rank:
-                    strips = collected_strips(spec, item.part, share, run.piece, run.start, run.stop)
-                    owned.append((run.rank, _Run(run, tuple(strips))))
-        return _Route(
-            tuple(run for _, run in sorted(stored, key=lambda e: e[0])),
-            tuple(run for _, run in sorted(owned, key=lambda e: e[0])),
-            self._splits(stored),
-            self._splits(owned),
+    # What a step calls, in this order for each round.
+
+    def travelling(self, round_index: int) -> tuple[SliceBatch, ...]:
+        """This rank's slices of a round that cross the wire; none if there is no such round."""
+        return self._round(round_index).travelling
+
+    def resident(self, round_index: int) -> tuple[SliceBatch, ...]:
+        """This rank's slices of a round that it owns itself; none if there is no such round."""
+        return self._round(round_index).resident
+
+    def start(self, transfer: int) -> None:
+        """Starts a transfer: the gather of round `transfer` and the scatter of the round two before.
+
+        Collective: every rank calls this, after it has packed both and finished the transfer before.
+        """
+        prepared = self._transfers[transfer]
+        if not prepared.moves:
+            # What a rank sends itself.
+            if prepared.send.numel():
+                prepared.receive.copy_(prepared.send)
+            return
+        sent = prepared.send.numel() - prepared.send_splits[self.rank]
+        issue = partial(
+            dist.all_to_all_single,
+            prepared.receive,
+            prepared.send,
+            prepared.receive_splits,
+            prepared.send_splits,
+            group=self.group,
+            async_op=True,
         )
+        work = self.watch.collective(prepared.name, transfer, sent * self.dtype.itemsize, issue)
+        if work is not None:
+            self._in_flight[transfer] = work
+        self.stats.collectives += 1
+        self.stats.bytes_sent += sent * self.dtype.itemsize
 
-    def _splits(self, peers: list[tuple[int, _Run]]) -> tuple[int, ...]:
-        splits = [0] * self.plan.world_size
-        for peer, run in peers:
-            splits[peer] += run.segment.numel
-        return tuple(splits)
+    def finish(self, transfer: int) -> None:
+        """Waits for a transfer, then takes what this rank owns out of one round's tensors and puts the next in.
 
-    def start_gather(self, round_index: int, slices: Mapping[int, Tensor]) -> Pending:
-        """Packs this rank's slices and starts sending them to the owners.
-
-        Args:
-            round_index: The round.
-            slices: Parameter index -> flat slice, of any floating dtype; it may be reused once this returns.
-
-        Returns:
-            What `finish_gather` takes. Collective: every rank of the group must call this in the same order, and
-            finish a round's scatter before it starts the gather of the third round after it.
+        Round `transfer - 1`, which has been computed, is packed for its scatter; round `transfer` is unpacked. On a
+        GPU the stream waits, not the host.
         """
-        route = self._routes[round_index][0]
-        stored, owned = self._halves(round_index)
-        send, receive = stored[: route.stored_numel], owned[: route.owned_numel]
-        with self.watch.phase("pack", round_index):
-            wire, local = self._stored_runs(route, send, slices)
-            _copy(wire, local)
-        return self._start("gather", round_index, route, send, route.stored_splits, receive, route.owned_splits)
+        work = self._in_flight.pop(transfer, None)
+        if work is not None:
+            with self.watch.phase("wait", transfer):
+                work.wait()
+        computed, arrived = self._round(transfer - 1), self._round(transfer)
+        if computed.pack:
+            with self.watch.phase("pack", transfer - 1):
+                computed.pack.run()
+        if arrived.unpack:
+            with self.watch.phase("unpack", transfer):
+                arrived.unpack.run()
 
-    def finish_gather(self, pending: Pending, dtype: torch.dtype) -> dict[Item, Tensor]:
-        """Waits for a gather and puts the parts together.
+    def parts(self, round_index: int) -> dict[Item, Tensor]:
+        """What this rank owns in a round: item -> (rows, cols) as `OwnershipPlan.shape` says, in the wire's dtype.
 
-        Returns:
-            For each item this rank owns in the round, a tensor (rows, cols) of `dtype` as `OwnershipPlan.shape` says.
-            They are valid until the next `finish_gather`.
+        Valid from `finish(round_index)`, with resident slices packed, until `finish(round_index + 1)`.
         """
-        received = self._wait(pending)
-        with self.watch.phase("unpack", pending.round_index):
-            parts = self._collected(pending.route, dtype)
-            wire, collected = self._owned_runs(pending.route, received, parts)
-            _copy(collected, wire)
-        return parts
+        return self._round(round_index).parts
+
+    def stacks(self, round_index: int) -> tuple[Tensor, ...]:
+        """The logical matrices in `parts` that this rank does alone: views (count, rows, cols) of any strides."""
+        return self._round(round_index).stacks
 
     def run_teams(self, round_index: int, talks: Mapping[Item, Talk]) -> dict[Item, Tensor]:
         """Lets the owners of bands of the same matrix talk until all of a round's teams have finished.
@@ -197,124 +234,181 @@ class Exchange:
                 self._stages[round_index],
                 self.plan.world_size,
                 self._all_to_all_bytes,
-                self._scratch,
+                self._team_scratch,
             )
         return dict(zip(items, results, strict=True))
 
-    def start_scatter(self, round_index: int, parts: Mapping[Item, Tensor]) -> Pending:
-        """Packs the items this rank owns and starts sending every rank its slices.
+    def collect(self, round_index: int, slices: Mapping[int, Tensor]) -> dict[Item, Tensor]:
+        """Gathers tensors other than directions, such as weights, to the owners of a round's matrices.
+
+        Collective: every rank calls this, between steps. What the transfer would scatter is sent too, and is not used.
 
         Args:
             round_index: The round.
-            parts: Item -> tensor (rows, cols), contiguous; all that this rank owns in the round.
+            slices: Parameter index -> flat tensor with the elements of this rank's slice, for all it stores.
 
         Returns:
-            What `finish_scatter` takes. Collective: every rank of the group must call this in the same order.
+            As `parts`; valid until the next step.
         """
-        route = self._routes[round_index][1]
-        stored, owned = self._halves(round_index)
-        send, receive = owned[: route.owned_numel], stored[: route.stored_numel]
-        with self.watch.phase("pack", round_index):
-            _copy(*self._owned_runs(route, send, parts))
-        return self._start("scatter", round_index, route, send, route.owned_splits, receive, route.stored_splits)
+        prepared = self._round(round_index)
+        for batch in (*prepared.travelling, *prepared.resident):
+            torch._foreach_copy_(list(batch.flats.values()), [slices[index] for index in batch.flats])
+            batch.pack.run()
+        self.start(round_index)
+        work = self._in_flight.pop(round_index, None)
+        if work is not None:
+            work.wait()
+        prepared.unpack.run()
+        return prepared.parts
 
-    def finish_scatter(self, pending: Pending, slices: Mapping[int, Tensor]) -> None:
-        """Waits for a scatter and writes it into `slices` (parameter index -> flat slice), in their dtype."""
-        received = self._wait(pending)
-        with self.watch.phase("unpack", pending.round_index):
-            wire, local = self._stored_runs(pending.route, received, slices)
-            _copy(local, wire)
-
-    def _halves(self, round_index: int) -> tuple[Tensor, Tensor]:
-        """The two halves of a round's buffer: for what this rank stores, and for what it owns."""
-        sizes = [
-            [max(route.stored_numel for route in routes), max(route.owned_numel for route in routes)]
-            for routes in self._routes
-        ]
-        stored, owned = sizes[round_index]
-        largest = max(map(sum, sizes))
-        # Round i is gathered and computed while i - 1 is scattered and i + 1 gathered.
-        buffer = self._scratch.take(f"round {round_index % 3}", largest * self.dtype.itemsize).view(self.dtype)
-        return buffer[:stored], buffer[stored : stored + owned]
-
-    def _start(
-        self,
-        name: Flight,
-        round_index: int,
-        route: _Route,
-        send: Tensor,
-        send_splits: tuple[int, ...],
-        receive: Tensor,
-        receive_splits: tuple[int, ...],
-    ) -> Pending:
-        if self.plan.world_size == 1:
-            return Pending(round_index, route, send, None)
-        sent_bytes = (sum(send_splits) - send_splits[self.rank]) * self.dtype.itemsize
-        splits = list(receive_splits), list(send_splits)
-        issue = partial(dist.all_to_all_single, receive, send, *splits, group=self.group, async_op=True)
-        work = self.watch.collective(name, round_index, sent_bytes, issue)
-        self.stats.collectives += 1
-        self.stats.bytes_sent += sent_bytes
-        return Pending(round_index, route, receive, work)
-
-    def _wait(self, pending: Pending) -> Tensor:
-        if pending.work is not None:
-            with self.watch.phase("wait", pending.round_index):
-                pending.work.wait()
-        return pending.received
+    def _round(self, round_index: int) -> _Round:
+        return self._rounds[round_index] if 0 <= round_index < self.num_rounds else _NOTHING
 
     def _all_to_all_bytes(self, receive: Tensor, send: Tensor, received: list[int], sent: list[int]) -> None:
         work = dist.all_to_all_single(receive, send, received, sent, group=self.group, async_op=True)
         self.stats.team_collectives += 1
         self.stats.team_bytes_sent += sum(sent) - sent[self.rank]
-        # Who gets nothing goes on: the collectives of its rounds may still be under way before this one.
+        # A rank that gets nothing does not wait: transfers that are still under way may precede this one.
         if work is not None and any(received):
             work.wait()
 
-    def _stored_runs(
-        self, route: _Route, wire: Tensor, slices: Mapping[int, Tensor]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Pairs of views, (on the wire, in the slices), for everything this rank stores of a round."""
-        return _pairs(route.stored, wire, lambda segment: slices[segment.item.matrix])
+    # Preparation.
 
-    @staticmethod
-    def _owned_runs(route: _Route, wire: Tensor, parts: Mapping[Item, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Pairs of views, (on the wire, in the collected parts), for everything this rank owns of a round."""
-        return _pairs(route.owned, wire, lambda segment: parts[segment.item].view(-1))
+    def _prepare(self) -> None:
+        """Makes the buffers, the transfers and the lists of copies."""
 
-    def _collected(self, route: _Route, dtype: torch.dtype) -> dict[Item, Tensor]:
-        def numel(route: _Route) -> dict[Item, int]:
-            items = dict.fromkeys(sorted(run.segment.item for run in route.owned))
-            return {item: math.prod(self.plan.shape(item)) for item in items}
+        def empty(numel: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(numel, dtype=dtype, device=self.device)
 
-        largest = max(sum(numel(gather).values()) for gather, _ in self._routes)
-        flat = self._scratch.take("collected", largest * dtype.itemsize).view(dtype)
-        sizes = numel(route)
-        starts = accumulate(sizes.values(), initial=0)
-        return {
-            item: flat[at : at + size].view(self.plan.shape(item))
-            for (item, size), at in zip(sizes.items(), starts, strict=False)
-        }
+        numel = {index: stop - start for index, (start, stop) in self._held.items()}
+        rounds = range(self.num_rounds)
+        batches = [self.wire.batches(r, self.rank, numel, self.scratch_numel) for r in rounds]
+        places = [self.wire.placed_items(r, self.rank) for r in rounds]
+        send_numel, receive_numel = self.wire.buffer_numel[self.rank]
+        self._send, self._receive = empty(send_numel, self.dtype), empty(receive_numel, self.dtype)
+        self._collected = empty(max((total for _, total in places), default=0), self.dtype)
+        scratch_numel = max((sum(numel[i] for i in batch) for r in rounds for batch in batches[r]), default=0)
+        self._scratch = empty(scratch_numel, torch.float32)
+        self._rounds = [
+            self._prepared_round(r, [self._batch(batch, numel) for batch in batches[r]], places[r][0]) for r in rounds
+        ]
+        self._transfers = [self._transfer(k) for k in range(self.wire.num_transfers)]
 
+    def _batch(self, indices: Sequence[int], numel: Mapping[int, int]) -> SliceBatch:
+        starts = accumulate((numel[i] for i in indices), initial=0)
+        return SliceBatch({i: self._scratch[at : at + numel[i]] for i, at in zip(indices, starts, strict=False)})
 
-TEAM_BUFFERS = ("send", "receive")
+    def _prepared_round(self, round_index: int, batches: Sequence[SliceBatch], offsets: Mapping[Item, int]) -> _Round:
+        parts = {}
+        for item, at in offsets.items():
+            shape = self.plan.shape(item)
+            parts[item] = self._collected[at : at + math.prod(shape)].view(shape)
 
+        def travels(batch: SliceBatch) -> bool:
+            return any((index, self.rank) in self.wire.travelling for index in batch.flats)
 
-def _pairs(
-    runs: Sequence[_Run], wire: Tensor, flat_of: Callable[[Segment], Tensor]
-) -> tuple[list[Tensor], list[Tensor]]:
-    on_wire: list[Tensor] = []
-    elsewhere: list[Tensor] = []
-    at = 0
-    for run in runs:
-        flat = flat_of(run.segment)
-        for strip in run.strips:
-            on_wire.append(wire[at : at + strip.numel].view(strip.shape))
-            elsewhere.append(strip.view(flat))
+        prepared = _Round(
+            travelling=tuple(batch for batch in batches if travels(batch)),
+            resident=tuple(batch for batch in batches if not travels(batch)),
+            parts=parts,
+            stacks=tuple(self._stacks(parts)),
+        )
+        for batch in prepared.resident:
+            for item in self.plan.items(round_index, self.rank):
+                if item.matrix in batch.flats:
+                    self._add_resident(item, batch, parts[item])
+        return prepared
+
+    def _add_resident(self, item: Item, batch: SliceBatch, part: Tensor) -> None:
+        segments = (s for s in self.plan.segments(item, scatter=True) if s.rank == self.rank)
+        for segment in segments:
+            for here, there in paired(self._stored(segment), self._collected_strips(segment)):
+                in_scratch, in_part = here.view(batch.flats[item.matrix]), there.view(part.view(-1))
+                batch.pack.add(in_part, in_scratch)
+                batch.unpack.add(in_scratch, in_part)
+
+    def _stacks(self, parts: Mapping[Item, Tensor]) -> Iterator[Tensor]:
+        """Consecutive items of one tile shape, each of one column of tiles, make one stack."""
+        pending: list[Tensor] = []
+        shape = (0, 0)
+
+        def merged() -> Iterator[Tensor]:
+            if pending:
+                numel = sum(part.numel() for part in pending)
+                first = pending[0].storage_offset()
+                yield self._collected[first : first + numel].view(-1, *shape)
+                pending.clear()
+
+        for item, part in parts.items():
+            if self.plan.team(item) is not None:
+                continue
+            tile = self.plan.spec(item).tile_shape(item.part)
+            if tile != shape:
+                yield from merged()
+                shape = tile
+            if part.shape[1] == tile[1]:
+                pending.append(part)
+                continue
+            yield from merged()
+            for row in torch.split(part, tile[0]):
+                yield row.view(row.shape[0], -1, tile[1]).transpose(0, 1)
+        yield from merged()
+
+    def _transfer(self, transfer: int) -> _Transfer:
+        """The splits of a transfer; adds its copies to the rounds that it gathers and scatters."""
+        ranks = range(self.plan.world_size)
+        # By peer, gathered before scattered elements, each in the order of the lane: the same on both sides.
+        outgoing: list[list[tuple[Segment, bool]]] = [[] for _ in ranks]
+        incoming: list[list[tuple[Segment, bool]]] = [[] for _ in ranks]
+        for scatter in (False, True):
+            for owner, segment in self.wire.lane(transfer, scatter=scatter):
+                source, destination = (owner, segment.rank) if scatter else (segment.rank, owner)
+                if source == self.rank:
+                    outgoing[destination].append((segment, scatter))
+                if destination == self.rank:
+                    incoming[source].append((segment, scatter))
+        for buffer, by_peer, is_sent in ((self._send, outgoing, True), (self._receive, incoming, False)):
+            at = 0
+            for segment, scatter in (entry for entries in by_peer for entry in entries):
+                self._add_travelling(segment, scatter, is_sent, buffer[at : at + segment.numel], transfer)
+                at += segment.numel
+        send_splits, receive_splits = (
+            [sum(segment.numel for segment, _ in entries) for entries in by_peer] for by_peer in (outgoing, incoming)
+        )
+        carries = [bool(self.wire.lane(transfer, scatter=scatter)) for scatter in (False, True)]
+        return _Transfer(
+            "exchange" if all(carries) else "scatter" if carries[True] else "gather",
+            self.wire.moves[transfer],
+            self._send[: sum(send_splits)],
+            self._receive[: sum(receive_splits)],
+            send_splits,
+            receive_splits,
+        )
+
+    def _add_travelling(self, segment: Segment, scatter: bool, is_sent: bool, wire: Tensor, transfer: int) -> None:
+        """Adds the copies between a segment on the wire and its slice, if this rank has that end of it, or its part."""
+        prepared = self._rounds[transfer - 2 if scatter else transfer]
+        index = segment.item.matrix
+        if scatter != is_sent:
+            # This rank stores the segment: it sends it in a gather and receives it in a scatter.
+            batch = next(batch for batch in prepared.travelling if index in batch.flats)
+            flat, strips = batch.flats[index], self._stored(segment)
+            copies = batch.pack if is_sent else batch.unpack
+        else:
+            flat, strips = prepared.parts[segment.item].view(-1), self._collected_strips(segment)
+            copies = prepared.pack if is_sent else prepared.unpack
+        at = 0
+        for strip in strips:
+            pair = wire[at : at + strip.numel].view(strip.shape), strip.view(flat)
+            copies.add(*(pair if is_sent else pair[::-1]))
             at += strip.numel
-    return on_wire, elsewhere
 
+    def _stored(self, segment: Segment) -> list[Strip]:
+        item = segment.item
+        spec, share = self.plan.spec(item), self.plan.share(item)
+        return stored_strips(spec, item.part, share, segment.piece, *self._held[item.matrix])
 
-def _copy(destinations: list[Tensor], sources: list[Tensor]) -> None:
-    if destinations:
-        torch._foreach_copy_(destinations, sources)
+    def _collected_strips(self, segment: Segment) -> list[Strip]:
+        item = segment.item
+        spec, share = self.plan.spec(item), self.plan.share(item)
+        return collected_strips(spec, item.part, share, segment.piece, segment.start, segment.stop)

@@ -11,8 +11,8 @@ from torch.profiler import record_function
 
 Busy = Literal["momentum", "pack", "wait", "unpack", "teams", "newton_schulz", "second_moment", "apply", "param_gather"]
 """What a rank does, one after the other. `wait` is for a collective of the exchange that has not completed yet."""
-Flight = Literal["gather", "scatter"]
-"""Collectives that are under way while a rank does something."""
+Flight = Literal["gather", "exchange", "scatter"]
+"""Transfers that are under way while a rank does something; an `exchange` carries a gather and a scatter."""
 
 BUSY: tuple[Busy, ...] = get_args(Busy)
 FLIGHTS: tuple[Flight, ...] = get_args(Flight)

@@ -1,50 +1,69 @@
-"""Runs rounds so that communication hides behind computation. Knows no Muon.
+"""The order of a step's rounds, such that communication hides behind computation. Knows no Muon.
 
-While round i is computed, round i+1 is on its way to the owners and round i-1 on its way back. The collectives are
-asynchronous and are issued in one order on every rank: gather 0, gather 1, scatter 0, gather 2, scatter 1, ...
-On CUDA they run on the process group's stream and `wait` orders the compute stream behind them, so that no stream of
-our own is needed.
+A transfer is one all-to-all with the gather of a round and the scatter of the round two before. It is started before
+the round between the two is computed, and is complete when the next round is to be computed. With one hardware queue
+(`CUDA_DEVICE_MAX_CONNECTIONS=1`) whatever is issued waits for what was issued before it, so that nothing may stand
+between a transfer and the computation that hides it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 
-class Rounds[Pending](Protocol):
-    """What one step does in each round. Each method is called once per round, on every rank."""
+class Rounds(Protocol):
+    """What one step does, each on every rank. Round numbers run from -2 to `num_rounds` + 1; others than 0 to
+    `num_rounds` - 1 are no rounds, and there is nothing to do for them.
+    """
 
     @property
     def num_rounds(self) -> int: ...
 
-    def prepare(self, round_index: int) -> Pending:
-        """Starts the gather."""
+    def prepare(self, round_index: int) -> None:
+        """Packs what the round gathers."""
         ...
 
-    def compute(self, round_index: int, gathered: Pending) -> Pending:
-        """Waits for the gather, computes, and starts the scatter."""
+    def start(self, transfer: int) -> None:
+        """Starts a transfer."""
         ...
 
-    def finalize(self, round_index: int, scattered: Pending) -> None:
-        """Waits for the scatter and applies the result."""
+    def finish(self, transfer: int) -> None:
+        """Waits for a transfer, packs what round `transfer` - 1 scatters, unpacks what round `transfer` gathered."""
+        ...
+
+    def compute(self, round_index: int) -> None:
+        """Computes on what was gathered."""
+        ...
+
+    def apply(self, round_index: int) -> None:
+        """Applies what was scattered."""
         ...
 
 
-def run_rounds[Pending](rounds: Rounds[Pending]) -> None:
-    """Runs all rounds. Collective over the ranks that share the plan.
+def pipeline(rounds: Rounds) -> Iterator[None]:
+    """Runs all rounds, and stops after each start of a transfer. Collective over the ranks that share the plan.
 
-    At most two gathers and two scatters are alive at a time, and round i is finalized before round i + 3 is prepared:
-    three buffers in turn are enough.
+    Ranks of several groups may take turns between pipelines at these stops, in the same order on all of them.
     """
-    count = rounds.num_rounds
-    gathers: dict[int, Pending] = {}
-    scatters: dict[int, Pending] = {}
-    for i in range(count + 1):
-        if i == 0 and count:
-            gathers[0] = rounds.prepare(0)
-        if i + 1 < count:
-            gathers[i + 1] = rounds.prepare(i + 1)
-        if i < count:
-            scatters[i] = rounds.compute(i, gathers.pop(i))
-        if i - 1 in scatters:
-            rounds.finalize(i - 1, scatters.pop(i - 1))
+    if not rounds.num_rounds:
+        return
+    rounds.prepare(0)
+    rounds.start(0)
+    yield
+    for i in range(rounds.num_rounds + 1):
+        rounds.finish(i)
+        rounds.apply(i - 2)
+        rounds.prepare(i + 1)
+        rounds.start(i + 1)
+        yield
+        rounds.compute(i)
+    rounds.finish(rounds.num_rounds + 1)
+    rounds.apply(rounds.num_rounds - 1)
+
+
+def run_together(pipelines: Iterable[Iterator[None]]) -> None:
+    """Runs several pipelines to their ends in turns: each hides its transfers behind the others' computation too."""
+    running = list(pipelines)
+    while running:
+        running = [each for each in running if next(each, running) is not running]

@@ -187,7 +187,7 @@ def band_update(
     """A team member's part of what `orthogonalized_updates` does for one matrix.
 
     Args:
-        collected: The member's band; mutated when the talk ends.
+        collected: The member's band, in any floating dtype; mutated when the talk ends.
         rows: Of the matrix.
         cols: Of the matrix.
         dim: 0 if the bands are rows, 1 if they are columns.
@@ -200,7 +200,7 @@ def band_update(
     """
     wide = collected if dim == 1 else collected.mT
     update = yield from orthogonalize_band(
-        wide,
+        wide.float(),
         seat,
         coefficients(config.coefficients, config.ns_steps),
         divided=divided,

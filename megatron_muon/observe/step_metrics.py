@@ -136,7 +136,7 @@ class Recorder:
             return
         round_index = turn % len(plan.rounds)
         members = {i: slices[i] for i in plan.rounds[round_index] if i in slices}
-        parts = self.exchange.finish_gather(self.exchange.start_gather(round_index, members), torch.float32)
+        parts = self.exchange.collect(round_index, members)
         candidates = [
             (item, view)
             for item, collected in sorted(parts.items())
@@ -147,7 +147,7 @@ class Recorder:
         if candidates:
             item, view = candidates[turn // len(plan.rounds) % len(candidates)]
             name = self.name(item.matrix, item.part)
-            for quantity, value in spectrum(view).items():
+            for quantity, value in spectrum(view.float()).items():
                 self._found.append((name, quantity, value.cpu()))
 
     def finish(self) -> tuple[Sums, dict[str, float]]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor
 from megatron_muon.config import TORCH_DTYPES, MuonConfig
 from megatron_muon.exchange.agreement import backend_problem, compare_over_ranks, slices_problem
 from megatron_muon.exchange.exchange import Exchange
-from megatron_muon.exchange.pipeline import run_rounds
+from megatron_muon.exchange.pipeline import pipeline, run_together
+from megatron_muon.matrices.slice_elements import SliceElements
 from megatron_muon.optimizer.observer import UNOBSERVED, StepObserver
 from megatron_muon.optimizer.step import Binding, Step
 from megatron_muon.plan.ownership import OwnershipPlan
+from megatron_muon.plan.wire import SCRATCH_SHARE
 from megatron_muon.rule.adaptive import second_moment_numel
 from megatron_muon.state_keys import MOMENTUM, SECOND_MOMENT
 
@@ -58,6 +61,7 @@ class ShardedMuon(torch.optim.Optimizer):
         self.updates = 0
         self.observer: StepObserver = UNOBSERVED
         self._binding: Binding | None = None
+        self._running: Iterator[None] | None = None
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         for group in self.param_groups:
             for name in ("lr", "weight_decay"):
@@ -100,8 +104,19 @@ class ShardedMuon(torch.optim.Optimizer):
         problem = slices_problem(plan, rank, slices, [p for g in self.param_groups for p in g["params"]])
         problem = problem or backend_problem(self.muon, device)
         compare_over_ranks(plan.fingerprint, problem, group)
-        exchange = Exchange(plan, group, TORCH_DTYPES[self.muon.exchange_dtype], device)
-        self._binding = Binding(exchange, dict(slices), dict(names or {}))
+        # Variants divide all updates of a round at once.
+        is_muon = self.muon.variant == "muon"
+        exchange = Exchange(
+            plan,
+            group,
+            TORCH_DTYPES[self.muon.exchange_dtype],
+            device,
+            scratch_numel=self.muon.exchange_buffer_mb * 2**20 // SCRATCH_SHARE // 4 if is_muon else sys.maxsize,
+            keep_resident=is_muon,
+        )
+        numbers = {id(p): number for number, g in enumerate(self.param_groups) for p in g["params"]}
+        group_of = {index: numbers[id(p)] for index, p in slices.items()}
+        self._binding = Binding(exchange, dict(slices), dict(names or {}), group_of)
 
     @property
     def exchange(self) -> Exchange:
@@ -126,6 +141,10 @@ class ShardedMuon(torch.optim.Optimizer):
         if self._binding is None:
             raise RuntimeError("ShardedMuon.bind was not called: the optimizer does not know its matrices yet")
         return self._binding
+
+    def _elements_of(self, parameter: Tensor) -> SliceElements:
+        bound = self._bound()
+        return next(bound.elements[index] for index, p in bound.slices.items() if p is parameter)
 
     def state_dtype(self, key: str) -> torch.dtype:
         """The data type of a state tensor."""
@@ -169,7 +188,7 @@ class ShardedMuon(torch.optim.Optimizer):
         state: Tensor = self.state[parameter][key]
         if key != SECOND_MOMENT or self.muon.variant != "normuon":
             return state
-        elements = self._bound().elements_of(parameter)
+        elements = self._elements_of(parameter)
         lines = elements.touched_lines
         table = state.new_zeros(int(lines[-1]) + 1)
         table[lines] = state
@@ -179,13 +198,31 @@ class ShardedMuon(torch.optim.Optimizer):
         """The inverse of `elementwise_state`: what the state tensor must be for it to return `values`."""
         if key != SECOND_MOMENT or self.muon.variant != "normuon":
             return values
-        elements = self._bound().elements_of(parameter)
+        elements = self._elements_of(parameter)
         lines = elements.touched_lines
         table = torch.zeros(int(lines[-1]) + 1, dtype=torch.float32, device=lines.device)
         for chunk in elements.chunks():
             # All elements of a line have the same value, so that it does not matter whose stays.
             table[elements.lines(chunk)] = values[chunk].to(table)
         return table[lines]
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Starts a step: momentum of the first round, and its gather. Collective over the bound group.
+
+        Whoever drives several optimizers begins all of them, does other work, and lets `run_together` finish them;
+        `step` of each then has nothing left to do but to count. Gradients must not change in between.
+        """
+        if self._running is None:
+            bound = self._bound()
+            self.init_state()
+            self._running = pipeline(Step(self.muon, bound, self.state, self.param_groups, self.updates, self.observer))
+            next(self._running, None)
+
+    @property
+    def running(self) -> Iterator[None]:
+        """The rest of the step that has begun, as `run_together` takes it; to be run with gradients disabled."""
+        return self._running if self._running is not None else iter(())
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -197,8 +234,10 @@ class ShardedMuon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        bound = self._bound()
-        self.init_state()
-        run_rounds(Step(self.muon, bound, self.state, self.param_groups, self.updates, self.observer))
+        self.begin()
+        try:
+            run_together([self.running])
+        finally:
+            self._running = None
         self.updates += 1
         return loss

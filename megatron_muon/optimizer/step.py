@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_muon.config import MuonConfig, gradient_gain
-from megatron_muon.exchange.exchange import Exchange, Pending
+from megatron_muon.exchange.exchange import Exchange, SliceBatch
 from megatron_muon.exchange.team import band_update
 from megatron_muon.matrices.shares import logical_views
 from megatron_muon.matrices.slice_elements import SliceElements
@@ -25,11 +25,12 @@ from megatron_muon.state_keys import MOMENTUM, SECOND_MOMENT
 
 @dataclass(frozen=True)
 class Binding:
-    """What `bind` told an optimizer: its exchange, its slices and their names."""
+    """What `bind` told an optimizer: its exchange, its slices, their names, and the parameter group of each."""
 
     exchange: Exchange
     slices: dict[int, Tensor]
     names: dict[int, str]
+    group_of: dict[int, int]
 
     @cached_property
     def elements(self) -> dict[int, SliceElements]:
@@ -43,10 +44,6 @@ class Binding:
             out[index] = SliceElements(spec, piece, own.start, own.stop, self.exchange.device)
         return out
 
-    def elements_of(self, parameter: Tensor) -> SliceElements:
-        """What one of this rank's slices is made of."""
-        return next(self.elements[index] for index, p in self.slices.items() if p is parameter)
-
     def counts(self, index: int) -> bool:
         """Whether this rank's elements enter sums over the ranks: of several copies of a parameter, the first's do."""
         plan = self.exchange.plan
@@ -58,15 +55,15 @@ class Binding:
             dist.all_reduce(tensor, group=self.exchange.group)
 
     @cached_property
-    def scratch(self) -> Tensor:
-        """fp32, for the directions or the updates of this rank's slices in any one round."""
-        sizes = (sum(self.slices[i].numel() for i in r if i in self.slices) for r in self.exchange.plan.rounds)
-        return torch.empty(max(sizes, default=0), dtype=torch.float32, device=self.exchange.device)
+    def zeros(self) -> Tensor:
+        """The gradient of slices without one. Made when it is first needed."""
+        numel = max((p.numel() for p in self.slices.values()), default=0)
+        return torch.zeros(numel, dtype=torch.float32, device=self.exchange.device)
 
 
 @dataclass
 class Step:
-    """The rounds of one step.
+    """The rounds of one step, as `exchange.pipeline` runs them.
 
     Attributes:
         muon: The optimizer's settings.
@@ -83,35 +80,53 @@ class Step:
     param_groups: Sequence[dict[str, Any]]
     updates: int
     observer: StepObserver
-    group_of: dict[int, dict[str, Any]] = field(init=False)
+    exchange: Exchange = field(init=False)
 
     def __post_init__(self) -> None:
-        by_parameter = {p: group for group in self.param_groups for p in group["params"]}
-        self.group_of = {index: by_parameter[p] for index, p in self.bound.slices.items()}
+        self.exchange = self.bound.exchange
 
     @property
     def num_rounds(self) -> int:
-        return self.bound.exchange.num_rounds
+        return self.exchange.num_rounds
 
-    def _in_round(self, round_index: int) -> dict[int, Tensor]:
-        """This rank's slices of the round, by parameter index."""
-        members = self.bound.exchange.plan.rounds[round_index]
-        return {index: self.bound.slices[index] for index in members if index in self.bound.slices}
+    def prepare(self, round_index: int) -> None:
+        """Momentum of the slices that travel, which are then packed for the gather."""
+        for batch in self.exchange.travelling(round_index):
+            self._momentum(round_index, batch)
 
-    def _scratch(self, slices: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """A place for what belongs to a round's slices; the next round's takes its place."""
-        sizes = [p.numel() for p in slices.values()]
-        runs = torch.split(self.bound.scratch[: sum(sizes)], sizes) if sizes else ()
-        return dict(zip(slices, runs, strict=True))
+    def start(self, transfer: int) -> None:
+        self.exchange.start(transfer)
 
-    def prepare(self, round_index: int) -> Pending:
+    def finish(self, transfer: int) -> None:
+        self.exchange.finish(transfer)
+
+    def compute(self, round_index: int) -> None:
+        """Newton-Schulz on what this rank owns, and all the rest for slices that do not travel."""
+        resident = self.exchange.resident(round_index)
+        for batch in resident:
+            self._momentum(round_index, batch)
+        if round_index < self.num_rounds:
+            self._newton_schulz(round_index)
+        for batch in resident:
+            self._apply(round_index, batch)
+
+    def apply(self, round_index: int) -> None:
+        """Updates of the slices that travel, which have come back."""
+        batches = self.exchange.travelling(round_index)
+        for batch in batches:
+            self._apply(round_index, batch)
+        if self.muon.variant != "muon" and not batches and 0 <= round_index < self.num_rounds:
+            # Collective, also for a rank without slices in the round.
+            self._divide(round_index, {}, {})
+
+    def _momentum(self, round_index: int, batch: SliceBatch) -> None:
         muon, state = self.muon, self.state
-        slices = self._in_round(round_index)
-        scratch = list(self._scratch(slices).values())
-        with self.bound.exchange.watch.phase("momentum", round_index):
+        slices = {index: self.bound.slices[index] for index in batch.flats}
+        scratch = list(batch.flats.values())
+        with self.exchange.watch.phase("momentum", round_index):
             directions = momentum_update(
                 [state[p][MOMENTUM] for p in slices.values()],
-                [_gradient(p) for p in slices.values()],
+                [p.grad if p.grad is not None else self.bound.zeros[: p.numel()] for p in slices.values()],
                 momentum=muon.momentum,
                 nesterov=muon.nesterov,
                 gain=gradient_gain(muon),
@@ -119,9 +134,13 @@ class Step:
                 store=partial(self._store_momenta, slices) if muon.momentum_dtype == "bf16" else None,
             )
             self._record("momentum_sq", {i: state[p][MOMENTUM] for i, p in slices.items()})
+            if directions[0] is not scratch[0]:
+                torch._foreach_copy_(scratch, directions)
             if muon.variant == "adamuon":
-                directions = [torch.sign(u, out=out) for u, out in zip(directions, scratch, strict=True)]
-        return self.bound.exchange.start_gather(round_index, dict(zip(slices, directions, strict=True)))
+                for u in scratch:
+                    u.sign_()
+        with self.exchange.watch.phase("pack", round_index):
+            batch.pack.run()
 
     def _record(self, quantity: str, values: Mapping[int, Tensor]) -> None:
         """Shows the observer what this rank counts for."""
@@ -139,25 +158,9 @@ class Step:
                 bits = random_bits(elements.numbers(chunk), stream_id)
                 self.state[p][MOMENTUM][chunk] = stochastic_bf16(wide[chunk], bits)
 
-    def _divide(self, round_index: int, slices: Mapping[int, Tensor], updates: Mapping[int, Tensor]) -> None:
-        """Collective over the group: sums over lines and matrices."""
-        plan = self.bound.exchange.plan
-        pieces = {
-            index: Piece(
-                self.bound.elements[index],
-                updates[index],
-                self.state[p][SECOND_MOMENT],
-                self.bound.counts(index),
-            )
-            for index, p in slices.items()
-        }
-        specs = {index: plan.matrices[index].spec for index in plan.rounds[round_index]}
-        divide(specs, pieces, self.muon, self.bound.exchange.device, self.bound.all_reduce)
-
-    def compute(self, round_index: int, gathered: Pending) -> Pending:
-        exchange, muon = self.bound.exchange, self.muon
-        plan = exchange.plan
-        parts = exchange.finish_gather(gathered, torch.float32)
+    def _newton_schulz(self, round_index: int) -> None:
+        exchange, plan, muon = self.exchange, self.exchange.plan, self.muon
+        parts = exchange.parts(round_index)
         teams = {item: team for item in parts if (team := plan.team(item)) is not None}
         talks = {
             item: band_update(
@@ -171,44 +174,51 @@ class Step:
             )
             for item, team in teams.items()
         }
-        views = {
-            item: logical_views(plan.spec(item), item.part, collected)
-            for item, collected in parts.items()
-            if item not in teams
-        }
         with self.observer.newton_schulz():
             # First: the members of a team start together, right after the gather.
             exchange.run_teams(round_index, talks)
             with exchange.watch.phase("newton_schulz", round_index):
-                orthogonalized_updates([view for group in views.values() for view in group], muon)
-        for item, group in views.items():
-            self.observer.orthogonality(item.matrix, item.part, group)
-        return exchange.start_scatter(round_index, parts)
+                orthogonalized_updates(exchange.stacks(round_index), muon)
+        if self.observer.watches:
+            for item, part in parts.items():
+                if item not in teams:
+                    views = logical_views(plan.spec(item), item.part, part)
+                    self.observer.orthogonality(item.matrix, item.part, views)
 
-    def finalize(self, round_index: int, scattered: Pending) -> None:
-        slices = self._in_round(round_index)
-        updates = self._scratch(slices)
-        self.bound.exchange.finish_scatter(scattered, updates)
+    def _divide(self, round_index: int, slices: Mapping[int, Tensor], updates: Mapping[int, Tensor]) -> None:
+        """Collective over the group: sums over lines and matrices."""
+        plan = self.exchange.plan
+        pieces = {
+            index: Piece(
+                self.bound.elements[index],
+                updates[index],
+                self.state[p][SECOND_MOMENT],
+                self.bound.counts(index),
+            )
+            for index, p in slices.items()
+        }
+        specs = {index: plan.matrices[index].spec for index in plan.rounds[round_index]}
+        divide(specs, pieces, self.muon, self.exchange.device, self.bound.all_reduce)
+
+    def _apply(self, round_index: int, batch: SliceBatch) -> None:
+        slices = {index: self.bound.slices[index] for index in batch.flats}
+        updates = batch.flats
+        with self.exchange.watch.phase("unpack", round_index):
+            batch.unpack.run()
         if self.muon.variant != "muon":
-            with self.bound.exchange.watch.phase("second_moment", round_index):
+            with self.exchange.watch.phase("second_moment", round_index):
                 self._divide(round_index, slices, updates)
         self._record("update_sq", updates)
         self._record("weight_sq", slices)
-        self.observer.learning_rates({index: float(self.group_of[index]["lr"]) for index in slices})
-        with self.bound.exchange.watch.phase("apply", round_index):
-            by_group: dict[int, list[int]] = {}
-            for index in slices:
-                by_group.setdefault(id(self.group_of[index]), []).append(index)
-            for members in by_group.values():
-                group = self.group_of[members[0]]
+        groups = {index: self.param_groups[self.bound.group_of[index]] for index in slices}
+        self.observer.learning_rates({index: float(group["lr"]) for index, group in groups.items()})
+        with self.exchange.watch.phase("apply", round_index):
+            for number in sorted({self.bound.group_of[index] for index in slices}):
+                members = [index for index in slices if self.bound.group_of[index] == number]
                 apply_updates(
                     [slices[i] for i in members],
                     [updates[i] for i in members],
-                    lr=group["lr"],
-                    weight_decay=group["weight_decay"],
+                    lr=self.param_groups[number]["lr"],
+                    weight_decay=self.param_groups[number]["weight_decay"],
                     cautious=self.muon.cautious_weight_decay,
                 )
-
-
-def _gradient(p: Tensor) -> Tensor:
-    return p.grad if p.grad is not None else torch.zeros_like(p)

@@ -22,6 +22,7 @@ from megatron_muon.plan.assign import Job, Owners, assign, loads_of
 from megatron_muon.plan.cost_model import CostModel, alone_flops, band_cost, share_costs
 from megatron_muon.plan.ownership import Item, Method, OwnershipPlan, Segment, ShardedMatrix, Slice, Team
 from megatron_muon.plan.rounds import ENOUGH_ROUNDS, Load, make_rounds
+from megatron_muon.plan.wire import ROUND_SHARE
 
 __all__ = [
     "CostModel",
@@ -50,7 +51,7 @@ class PlanOptions:
         ns_dtype: Data type of the Newton-Schulz iterations.
         exchange_dtype: Data type on the wire.
         max_team_size: The most ranks that may share a part; 1 gives every part one owner.
-        buffer_bytes: The most that a round's buffer may take on a rank.
+        buffer_bytes: What bounds the exchange's buffers on a rank; see `wire.ROUND_SHARE`.
         node_of: Node of each rank of the group; None if it is not known.
         cost: Rates of the cluster.
         ns_method: Iteration of the matrices that one rank does.
@@ -280,4 +281,4 @@ def _rounds(plan: OwnershipPlan, options: PlanOptions) -> tuple[tuple[int, ...],
     per_message = 4 * options.cost.latency_s * options.cost.bytes_per_s * plan.world_size
     worthwhile = int(total_bytes // per_message) if per_message > 0 else ENOUGH_ROUNDS
     wanted = min(ENOUGH_ROUNDS, owned // len(busy), worthwhile) if plan.world_size > 1 else 1
-    return make_rounds(loads, wanted, options.buffer_bytes)
+    return make_rounds(loads, wanted, options.buffer_bytes // ROUND_SHARE)

@@ -275,10 +275,6 @@ class OwnershipPlan:
             for part in range(len(m.spec.parts))
         )
 
-    @property
-    def num_logical_matrices(self) -> int:
-        return sum(m.spec.logical_shape(p)[0] for m in self.matrices for p in range(len(m.spec.parts)))
-
     def segments(self, item: Item, *, scatter: bool) -> list[Segment]:
         """The runs of an item, by rank. Of a replicated parameter one copy is gathered, and every copy scattered to.
 
@@ -360,20 +356,6 @@ class OwnershipPlan:
             near[owner] += sent[0]
             far[owner] += sent[1]
         return tuple(near), tuple(far)
-
-    def round_buffer_numel(self, round_index: int) -> list[tuple[int, int]]:
-        """For each rank, elements of the two halves of a round's buffer: for what it stores, and for what it owns.
-
-        Each half serves the gather and then the scatter; with replicated parameters the scatter needs more.
-        """
-        halves = [[0, 0, 0, 0] for _ in range(self.world_size)]
-        for item in self.items(round_index):
-            owner = self.owner(item)
-            for scatter in (False, True):
-                for segment in self.segments(item, scatter=scatter):
-                    halves[segment.rank][scatter] += segment.numel
-                    halves[owner][2 + scatter] += segment.numel
-        return [(max(gather, back), max(own, out)) for gather, back, own, out in halves]
 
 
 def _check_cover(matrix: ShardedMatrix, tp_ranks: Sequence[int]) -> None:

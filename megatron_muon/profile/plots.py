@@ -30,6 +30,7 @@ COLORS: Mapping[str, str] = MappingProxyType(
         "param_gather": "tab:brown",
         "other": "gainsboro",
         "gather": "tab:blue",
+        "exchange": "mediumblue",
         "scatter": "navy",
     }
 )
@@ -39,6 +40,7 @@ _LABELS = {
     "param_gather": "param gather",
     "second_moment": "second moment",
     "gather": "gather in flight",
+    "exchange": "exchange in flight",
     "scatter": "scatter in flight",
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 
@@ -76,31 +75,30 @@ def _backend(name: str, device_type: str) -> Callable[..., Tensor]:
     return load_backend(name, device_type).orthogonalize
 
 
-def orthogonalized_updates(views: Sequence[Tensor], config: MuonConfig) -> None:
+def orthogonalized_updates(stacks: Sequence[Tensor], config: MuonConfig) -> None:
     """Replaces each logical matrix by its update: Newton-Schulz, then the scale of its own shape.
 
     Args:
-        views: 2-D, of any strides; mutated. Their dtype is kept; the iterations run in `config.ns_dtype`.
-        config: Coefficients, steps, scale and whether matrices of equal shape are stacked, as many as 2**24 elements.
+        stacks: Matrices (rows, cols), or several of one shape (count, rows, cols), of any strides; mutated. Their dtype
+            is kept; the iterations run in `config.ns_dtype`.
+        config: Coefficients, steps, scale and whether the matrices of a stack run together, as many as 2**24 elements.
     """
     schedule = coefficients(config.coefficients, config.ns_steps)
     dtype, scaling = TORCH_DTYPES[config.ns_dtype], scaling_for(config.coefficients)
-    if not views:
-        return
-    by_shape: dict[tuple[int, int], list[Tensor]] = defaultdict(list)
-    for view in views:
-        by_shape[view.shape[0], view.shape[1]].append(view)
-    run = orthogonalize if config.ns_backend == "torch" else _backend(config.ns_backend, views[0].device.type)
-    for (rows, cols), group in by_shape.items():
+    for stack in stacks:
+        rows, cols = stack.shape[-2:]
+        run = orthogonalize if config.ns_backend == "torch" else _backend(config.ns_backend, stack.device.type)
         factor = owner_factor(rows, cols, config)
         size = max(1, _STACK_NUMEL // (rows * cols)) if config.batched else 1
-        for stack in (group[start : start + size] for start in range(0, len(group), size)):
-            matrices = [in_ns_dtype(view, dtype) for view in stack]
-            batch = torch.stack(matrices) if len(matrices) > 1 else matrices[0]
-            # Scaled in fp32: in bf16 the factor would be rounded before it is applied.
-            update = run(batch, schedule, method=config.ns_method, scaling=scaling).float().mul_(factor)
-            for view, matrix in zip(stack, update if len(matrices) > 1 else [update], strict=True):
-                view.copy_(matrix)
+        for some in torch.split(stack, size) if stack.dim() > 2 else [stack]:
+            # A single matrix is passed as one, since a batch of one may run another kernel.
+            matrices = some[0] if some.dim() > 2 and len(some) == 1 else some
+            update = run(in_ns_dtype(matrices, dtype), schedule, method=config.ns_method, scaling=scaling)
+            if update.dtype == matrices.dtype:
+                # The factor is a number and not a tensor, so that it is not rounded to bf16 before it is applied.
+                torch.mul(update, factor, out=matrices)
+            else:
+                matrices.copy_(update.float().mul_(factor))
 
 
 def apply_updates(

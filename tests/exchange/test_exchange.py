@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_muon.exchange.exchange import Exchange
-from megatron_muon.exchange.pipeline import run_rounds
+from megatron_muon.exchange.exchange import Exchange, SliceBatch
+from megatron_muon.exchange.pipeline import pipeline, run_together
 from megatron_muon.matrices.spec import Blocks, MatrixSpec, Part, whole
 from megatron_muon.plan.build import OwnershipPlan, PlanOptions, ShardedMatrix, Slice, build_plan
+from megatron_muon.plan.wire import Wire
 from tests.distributed import RankError, run_ranks
 from tests.plans import gate_and_up, qkv_parts
 
@@ -111,31 +112,50 @@ def slices_of(plan: OwnershipPlan, rank: int, members: Sequence[int]) -> dict[in
 
 
 class Checked:
-    """The rounds of a step that checks every value on its way. Buffers that may be reused are filled with NaN."""
+    """The rounds of a step that checks every value on its way. Whatever may be reused is filled with NaN."""
 
     def __init__(self, exchange: Exchange) -> None:
         self.exchange = exchange
         self.plan = exchange.plan
-        self.rounding = torch.bfloat16 if exchange.dtype == torch.bfloat16 else torch.float32
         self.owned: list[tuple[int, int]] = []
         self.elements = 0
+        self.start, self.finish = exchange.start, exchange.finish
 
     @property
     def num_rounds(self) -> int:
         return self.exchange.num_rounds
 
+    def run(self) -> None:
+        run_together([pipeline(self)])
+
     def wire(self, x: Tensor) -> Tensor:
-        return x.to(self.rounding).float()
+        return x.to(self.exchange.dtype).float()
 
-    def prepare(self, round_index: int) -> Any:
-        slices = slices_of(self.plan, self.exchange.rank, self.plan.rounds[round_index])
-        pending = self.exchange.start_gather(round_index, slices)
-        for flat in slices.values():
+    def pack(self, batch: SliceBatch) -> None:
+        for index, flat in slices_of(self.plan, self.exchange.rank, list(batch.flats)).items():
+            batch.flats[index].copy_(flat)
+        batch.pack.run()
+        for flat in batch.flats.values():
             flat.fill_(torch.nan)
-        return pending
 
-    def compute(self, round_index: int, gathered: Any) -> Any:
-        parts = self.exchange.finish_gather(gathered, torch.float32)
+    def unpack(self, batch: SliceBatch) -> None:
+        for flat in batch.flats.values():
+            flat.fill_(torch.nan)
+        batch.unpack.run()
+        for index, flat in slices_of(self.plan, self.exchange.rank, list(batch.flats)).items():
+            assert torch.equal(batch.flats[index], self.wire(updated(flat)))
+            self.elements += flat.numel()
+
+    def prepare(self, round_index: int) -> None:
+        for batch in self.exchange.travelling(round_index):
+            self.pack(batch)
+
+    def compute(self, round_index: int) -> None:
+        if round_index == self.num_rounds:
+            return
+        for batch in self.exchange.resident(round_index):
+            self.pack(batch)
+        parts = self.exchange.parts(round_index)
         expected = {
             (m, p)
             for m in self.plan.rounds[round_index]
@@ -145,21 +165,37 @@ class Checked:
         assert {(item.matrix, item.part) for item in parts} == expected
         self.owned += expected
         for item, collected in parts.items():
-            assert collected.dtype == torch.float32
-            assert torch.equal(collected, self.wire(expected_part(self.plan, item.matrix, item.part)))
+            assert collected.dtype == self.exchange.dtype
+            assert torch.equal(collected.float(), self.wire(expected_part(self.plan, item.matrix, item.part)))
+        # Stacks are views of the parts: together they are all of them, each logical matrix once.
+        before = {item: part.float() for item, part in parts.items()}
+        for stack in self.exchange.stacks(round_index):
+            stack.copy_(updated(stack.float()))
+        assert all(torch.equal(part.float(), self.wire(updated(before[i]))) for i, part in parts.items())
+        for item, collected in parts.items():
             collected.copy_(updated(expected_part(self.plan, item.matrix, item.part)))
-        pending = self.exchange.start_scatter(round_index, parts)
-        for collected in parts.values():
-            collected.fill_(torch.nan)
-        return pending
+        for batch in self.exchange.resident(round_index):
+            self.unpack(batch)
 
-    def finalize(self, round_index: int, scattered: Any) -> None:
-        sources = slices_of(self.plan, self.exchange.rank, self.plan.rounds[round_index])
-        targets = {matrix: torch.full_like(flat, torch.nan) for matrix, flat in sources.items()}
-        self.exchange.finish_scatter(scattered, targets)
-        for matrix, flat in targets.items():
-            assert torch.equal(flat, self.wire(updated(sources[matrix])))
-            self.elements += flat.numel()
+    def apply(self, round_index: int) -> None:
+        for batch in self.exchange.travelling(round_index):
+            self.unpack(batch)
+
+
+def planned_collectives(plan: OwnershipPlan) -> int:
+    """Transfers of one step that move an element between ranks, found element by element."""
+    moving = set()
+    for k, members in enumerate(plan.rounds):
+        for m in members:
+            for s in plan.matrices[m].slices:
+                for p, part in enumerate(plan.matrices[m].spec.parts):
+                    cols, owner = plan.matrices[m].spec.shape[1], owner_of(plan, m, p)
+                    rows = {flat // cols for flat in range(s.start, s.stop)}
+                    if owner == s.rank or not any(a <= row < b for row in rows for a, b in part.rows):
+                        continue
+                    is_copy = plan.matrices[m].spec.replicated and plan.tp_ranks[s.rank] != plan.tp_ranks[owner]
+                    moving |= {k + 2} if is_copy else {k, k + 2}
+    return len(moving)
 
 
 def planned_numel(plan: OwnershipPlan) -> list[int]:
@@ -179,6 +215,13 @@ def planned_numel(plan: OwnershipPlan) -> list[int]:
     return sent
 
 
+SCRATCH_NUMEL = 20
+
+
+def plan_buffer_bytes(plan: OwnershipPlan, rank: int, dtype: torch.dtype) -> int:
+    return Wire(plan).buffer_bytes(rank, dtype.itemsize, SCRATCH_NUMEL)
+
+
 Case = tuple[tuple[int, ...], int, int, int | None, torch.dtype]
 
 
@@ -186,18 +229,20 @@ def exchange_cases(rank: int, world_size: int, cases: list[Case]) -> list[dict[s
     results = []
     for tp_ranks, rounds, seed, busy, dtype in cases:
         plan = random_plan(tp_ranks, rounds, seed, busy)
-        exchange = Exchange(plan, None, dtype, CPU)
+        exchange = Exchange(plan, None, dtype, CPU, scratch_numel=SCRATCH_NUMEL)
         checked = Checked(exchange)
         for _ in range(2):
-            run_rounds(checked)
+            checked.run()
         stored = sum(b - a for a, b in held(plan, rank, range(len(plan.matrices))).values())
         assert checked.elements == 2 * stored
         results.append(
             dict(
+                rank=rank,
                 owned=checked.owned,
                 bytes_sent=exchange.stats.bytes_sent,
                 collectives=exchange.stats.collectives,
                 planned=plan.sent_numel()[rank],
+                buffer_bytes=exchange.buffer_bytes,
             )
         )
     return results
@@ -230,7 +275,8 @@ def test_gather_and_scatter_move_every_element(world_size: int) -> None:
         assert [r["planned"] for r in results] == planned_numel(plan)
         for result in results:
             assert result["bytes_sent"] == 2 * result["planned"] * dtype.itemsize
-            assert result["collectives"] == 2 * 2 * rounds
+            assert result["collectives"] == 2 * planned_collectives(plan)
+            assert result["buffer_bytes"] == plan_buffer_bytes(plan, result["rank"], dtype)
 
 
 def test_cases_hold_what_they_are_for() -> None:
@@ -251,13 +297,14 @@ def one_tiny_matrix(rank: int, world_size: int) -> dict[str, Any]:
         [ShardedMatrix(MatrixSpec("w", (1, 2), 1, None, whole(1)), (Slice(2, 0, 2),))], [0] * 4, ns_steps=5
     )
     checked = Checked(Exchange(plan, None, torch.float32, CPU))
-    run_rounds(checked)
+    checked.run()
     stats = checked.exchange.stats
     return dict(owned=checked.owned, elements=checked.elements, sent=stats.bytes_sent, collectives=stats.collectives)
 
 
 def test_ranks_with_nothing_take_part() -> None:
-    nothing = dict(owned=[], elements=0, sent=0, collectives=2)
+    # Nothing moves, so that nothing is issued.
+    nothing = dict(owned=[], elements=0, sent=0, collectives=0)
     assert run_ranks(one_tiny_matrix, 4) == [nothing, nothing, dict(nothing, owned=[(0, 0)], elements=2), nothing]
 
 
@@ -267,7 +314,7 @@ def in_a_subgroup(rank: int, world_size: int) -> tuple[int, int] | None:
         return None
     assert isinstance(group, dist.ProcessGroup)
     checked = Checked(Exchange(random_plan((0, 1), 2, 13), group, torch.float32, CPU))
-    run_rounds(checked)
+    checked.run()
     return checked.exchange.rank, dist.get_rank(group)
 
 
@@ -290,7 +337,7 @@ def test_group_of_another_size() -> None:
 def test_one_rank_without_torch_distributed(dtype: torch.dtype) -> None:
     assert not dist.is_initialized()
     checked = Checked(Exchange(random_plan((0,), 2, 14), None, dtype, CPU))
-    run_rounds(checked)
+    checked.run()
     assert checked.elements == sum(spec.local_numel for spec in specs(1))
     assert (checked.exchange.stats.collectives, checked.exchange.stats.bytes_sent) == (0, 0)
 

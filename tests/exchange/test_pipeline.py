@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -13,8 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import overlap
 from benchmarks.step import peak_bytes
 from megatron_muon.config import MuonConfig
-from megatron_muon.exchange.exchange import TEAM_BUFFERS, Exchange
-from megatron_muon.exchange.pipeline import run_rounds
+from megatron_muon.exchange.pipeline import pipeline, run_together
 from megatron_muon.observe.timing.overlap import hidden_share
 from megatron_muon.optimizer.sharded_muon import ShardedMuon
 from megatron_muon.rule.muon import orthogonalized_updates
@@ -22,47 +20,81 @@ from tests.distributed import run_ranks
 
 
 class Recorder:
-    """Rounds that write down what is called."""
+    """Rounds that write down what is called, where there is such a round or transfer."""
 
     def __init__(self, num_rounds: int) -> None:
         self.num_rounds = num_rounds
         self.calls: list[str] = []
 
-    def prepare(self, round_index: int) -> str:
-        self.calls.append(f"gather {round_index}")
-        return f"gathered {round_index}"
+    def prepare(self, round_index: int) -> None:
+        self._call("prepare", round_index, self.num_rounds)
 
-    def compute(self, round_index: int, gathered: str) -> str:
-        assert gathered == f"gathered {round_index}"
-        self.calls.append(f"scatter {round_index}")
-        return f"scattered {round_index}"
+    def start(self, transfer: int) -> None:
+        self._call("start", transfer, self.num_rounds + 2)
 
-    def finalize(self, round_index: int, scattered: str) -> None:
-        assert scattered == f"scattered {round_index}"
-        self.calls.append(f"apply {round_index}")
+    def finish(self, transfer: int) -> None:
+        self._call("finish", transfer, self.num_rounds + 2)
+
+    def compute(self, round_index: int) -> None:
+        self._call("compute", round_index, self.num_rounds)
+
+    def apply(self, round_index: int) -> None:
+        self._call("apply", round_index, self.num_rounds)
+
+    def _call(self, name: str, number: int, stop: int) -> None:
+        if 0 <= number < stop:
+            self.calls.append(f"{name} {number}")
 
 
-@pytest.mark.parametrize("count", range(8))
+@pytest.mark.parametrize("count", range(1, 8))
 def test_order_of_rounds(count: int) -> None:
     recorder = Recorder(count)
-    run_rounds(recorder)
-    calls = recorder.calls
-    assert sorted(calls) == sorted(f"{kind} {i}" for kind in ("gather", "scatter", "apply") for i in range(count))
-    at = {call: position for position, call in enumerate(calls)}
+    run_together([pipeline(recorder)])
+    at = {call: position for position, call in enumerate(recorder.calls)}
+    assert len(at) == len(recorder.calls) == 3 * count + 2 * (count + 2)
     for i in range(count):
-        assert at[f"gather {i}"] < at[f"scatter {i}"] < at[f"apply {i}"]
-        if i + 1 < count:
-            assert at[f"gather {i + 1}"] < at[f"scatter {i}"], "the next gather is under way while a round computes"
-            assert at[f"scatter {i + 1}"] < at[f"apply {i}"], "a scatter is under way while the next round computes"
-        if i + 3 < count:
-            assert at[f"apply {i}"] < at[f"gather {i + 3}"], "three buffers in turn are enough"
+        assert at[f"prepare {i}"] < at[f"start {i}"] < at[f"finish {i}"] < at[f"compute {i}"], "gathered"
+        assert at[f"compute {i}"] < at[f"finish {i + 1}"] < at[f"start {i + 2}"] < at[f"apply {i}"], "scattered"
+        assert at[f"start {i + 1}"] == at[f"compute {i}"] - 1, "nothing is issued between a transfer and what hides it"
+    for i in range(count + 1):
+        assert at[f"finish {i}"] < at[f"start {i + 1}"], "one transfer at a time: its buffers are used again"
 
 
 def test_order_of_three_rounds() -> None:
     recorder = Recorder(3)
-    run_rounds(recorder)
-    expected = "gather 0, gather 1, scatter 0, gather 2, scatter 1, apply 0, scatter 2, apply 1, apply 2"
-    assert recorder.calls == expected.split(", ")
+    run_together([pipeline(recorder)])
+    expected = """prepare 0, start 0, finish 0, prepare 1, start 1, compute 0,
+        finish 1, prepare 2, start 2, compute 1, finish 2, apply 0, start 3, compute 2,
+        finish 3, apply 1, start 4, finish 4, apply 2"""
+    assert recorder.calls == [call.strip() for call in expected.split(",")]
+
+
+def test_pipelines_take_turns() -> None:
+    """Each computes while the other's transfers are under way too; both run to their ends."""
+    recorders = Recorder(2), Recorder(1)
+    order: list[tuple[int, str]] = []
+    for number, recorder in enumerate(recorders):
+        recorder.calls = type("Calls", (list,), {"append": lambda _, call, n=number: order.append((n, call))})()
+    run_together([pipeline(recorder) for recorder in recorders])
+    assert [entry for entry in order if entry[1].startswith(("start", "compute"))] == [
+        (0, "start 0"),
+        (1, "start 0"),
+        (0, "start 1"),
+        (1, "start 1"),
+        (0, "compute 0"),
+        (0, "start 2"),
+        (1, "compute 0"),
+        (1, "start 2"),
+        (0, "compute 1"),
+        (0, "start 3"),
+    ]
+    assert sorted(order) == sorted((n, call) for n, count in ((0, 2), (1, 1)) for call in _calls(count))
+
+
+def _calls(count: int) -> list[str]:
+    recorder = Recorder(count)
+    run_together([pipeline(recorder)])
+    return recorder.calls
 
 
 def test_hidden_share() -> None:
@@ -91,7 +123,7 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-ROUNDS_BYTES = 30_000
+ROUNDS_BYTES = 100_000
 
 
 def buffers(rank: int, world_size: int) -> dict[str, Any]:
@@ -99,58 +131,46 @@ def buffers(rank: int, world_size: int) -> dict[str, Any]:
     plan = overlap.make_plan(world_size, 12, 48, ROUNDS_BYTES)
     held = {i: s for i, m in enumerate(plan.matrices) for s in m.slices if s.rank == rank}
     slices = {i: torch.nn.Parameter(torch.randn(s.stop - s.start)) for i, s in held.items()}
-    optimizer = ShardedMuon(list(slices.values()), lr=0.01, config=MuonConfig(ns_dtype="fp32", exchange_dtype="fp32"))
+    muon = MuonConfig(ns_dtype="fp32", exchange_dtype="fp32", exchange_buffer_mb=1)
+    optimizer = ShardedMuon(list(slices.values()), lr=0.01, config=muon)
     optimizer.bind(plan, None, slices, torch.device("cpu"))
     for p in slices.values():
         p.grad = torch.randn_like(p)
-    made: list[int] = []
-
-    def counted(method: Any) -> Any:
-        def call(*args: Any) -> Any:
-            with Allocations() as allocations:
-                result = method(*args)
-            made[-1] += allocations.numel
-            return result
-
-        return call
-
-    for name in ("start_gather", "finish_gather", "run_teams", "start_scatter", "finish_scatter"):
-        setattr(optimizer.exchange, name, counted(getattr(optimizer.exchange, name)))
-    pointers = []
-    for _ in range(3):
-        made.append(0)
-        optimizer.step()
-        pointers.append({name: b.data_ptr() for name, b in optimizer.exchange._scratch.buffers.items() if b.numel()})
-    halves = [plan.round_buffer_numel(r)[rank] for r in range(len(plan.rounds))]
-    owned = [sum(math.prod(plan.shape(item)) for item in plan.items(r, rank)) for r in range(len(plan.rounds))]
-    exchange: Exchange = optimizer.exchange
-    views = [[torch.randn(plan.shape(item)) for item in plan.items(r, rank)] for r in range(len(plan.rounds))]
+    optimizer.init_state()
+    exchange = optimizer.exchange
+    made = []
+    for index, p in slices.items():
+        # Without a gradient, zeros are made once.
+        p.grad = p.grad if index else None
+    optimizer.step()
+    for _ in range(2):
+        with Allocations() as allocations:
+            optimizer.step()
+        made.append(allocations.numel)
+    stacks = [[stack.clone() for stack in exchange.stacks(r)] for r in range(len(plan.rounds))]
+    with Allocations() as allocations:
+        for of_round in stacks:
+            orthogonalized_updates(of_round, optimizer.muon)
     return dict(
         step_peak_bytes=peak_bytes(optimizer.step),
-        batch_peak_bytes=max(peak_bytes(partial(orthogonalized_updates, v, optimizer.muon)) for v in views),
+        batch_peak_bytes=max(peak_bytes(partial(orthogonalized_updates, s, optimizer.muon)) for s in stacks),
         rounds=len(plan.rounds),
         made=made,
-        pointers=pointers,
-        round_bytes=4 * max(map(sum, halves)),
-        # What a round takes with a buffer for each of its four ends: gather and scatter, sent and received.
-        gather_and_scatter_bytes=4 * max(2 * sum(half) for half in halves),
-        collected_bytes=4 * max(owned),
+        made_by_newton_schulz=allocations.numel,
         buffer_bytes=exchange.buffer_bytes,
-        names=sorted(n for n in exchange._scratch.buffers if n not in TEAM_BUFFERS),
+        planned_bytes=exchange.wire.buffer_bytes(rank, 4, exchange.scratch_numel),
+        scratch_bytes=4 * max(p.numel() for p in slices.values()),
     )
 
 
 def test_buffers_are_kept_and_bounded() -> None:
     for result in run_ranks(buffers, 2):
         assert result["rounds"] >= 4, "the case is about several rounds"
-        first, *later = result["made"]
-        assert first > 0 and later == [0, 0], "nothing is allocated after the first step"
-        assert result["pointers"][0] == result["pointers"][1] == result["pointers"][2]
-        assert result["names"] == ["collected", "round 0", "round 1", "round 2"]
-        assert result["round_bytes"] <= ROUNDS_BYTES
-        assert result["buffer_bytes"] == 3 * result["round_bytes"] + result["collected_bytes"]
-        assert result["buffer_bytes"] <= 2 * result["gather_and_scatter_bytes"] + result["collected_bytes"]
-        # Besides the buffers, which stay: the largest batch, and small tensors of the exchange.
+        assert result["made"] == 2 * [result["made_by_newton_schulz"]], "a step allocates what Newton-Schulz needs"
+        assert result["buffer_bytes"] == result["planned_bytes"]
+        # Two rounds in transit and one collected, each a fifth; the scratch of 1 MiB / 8 is larger than a round.
+        assert result["buffer_bytes"] <= 3 * ROUNDS_BYTES / 5 + 2**20 / 8
+        # Besides the buffers, which stay: the largest batch, and small tensors.
         assert 0 < result["batch_peak_bytes"] <= result["step_peak_bytes"] <= result["batch_peak_bytes"] + 1024
 
 

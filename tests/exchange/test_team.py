@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, get_args
@@ -338,7 +339,8 @@ def train(
     weights, momenta = reference(plan, config)
     worst, momentum = 0.0, 0.0
     for i, p in slices.items():
-        worst = max(worst, ((p.detach() - slice_of(i, weights[names[i]])).abs().max() / LR).item())
+        difference = (p.detach() - slice_of(i, weights[names[i]])).abs().max().nan_to_num(nan=math.inf)
+        worst = max(worst, (difference / LR).item())
         state = optimizer.state[p][MOMENTUM]
         momentum = max(momentum, (state - slice_of(i, momenta[names[i]])).abs().max().item())
     stats = optimizer.exchange.stats
@@ -349,7 +351,7 @@ def train(
         shared=sum(len(ranks) > 1 for parts in plan.owners for ranks in parts),
         team_bytes=(stats.team_bytes_sent, STEPS * sum(sent[rank] for sent in plan.team_sent_bytes())),
         sent=(stats.bytes_sent, STEPS * 4 * plan.sent_numel()[rank]),
-        collectives=(stats.collectives, STEPS * 2 * len(plan.rounds)),
+        collectives=(stats.collectives, STEPS * optimizer.exchange.wire.num_collectives),
         team_collectives=(stats.team_collectives, STEPS * sum(map(plan.team_stages, range(len(plan.rounds))))),
     )
 

@@ -413,7 +413,7 @@ def test_two_ranks(tmp_path: Path) -> None:
 
 
 def exchange_and_measure(rank: int, world_size: int, settings: LinkSettings) -> tuple[list[int], int, str]:
-    """Bytes that a real exchange of the dense plan sends on this rank in each all-to-all; `links`' code and errors."""
+    """Bytes that a real exchange of the dense plan sends on this rank in each transfer; `links`' code and errors."""
     from megatron_muon.exchange.exchange import Exchange
 
     layout = layout_for(world_size, tp=settings.tp, pp=1, ep=settings.ep, etp=settings.etp, instances=1)
@@ -423,17 +423,10 @@ def exchange_and_measure(rank: int, world_size: int, settings: LinkSettings) -> 
     kinds = stage_plans(stage_kinds(layers, layout, planned), planned, bucket_size)
     (plan,) = next(plans for grid, _, plans in kinds if not grid.expert)
     exchange = Exchange(plan, None, TORCH_DTYPES["fp32"], torch.device("cpu"))
-    slices = {
-        index: torch.zeros(s.stop - s.start)
-        for index, m in enumerate(plan.matrices)
-        for s in m.slices
-        if s.rank == rank
-    }
     sent = [0]
-    for index in range(exchange.num_rounds):
-        parts = exchange.finish_gather(exchange.start_gather(index, slices), torch.float32)
-        sent.append(exchange.stats.bytes_sent)
-        exchange.finish_scatter(exchange.start_scatter(index, parts), slices)
+    for transfer in range(exchange.wire.num_transfers):
+        exchange.start(transfer)
+        exchange.finish(transfer)
         sent.append(exchange.stats.bytes_sent)
     code, _, err = measure(rank, world_size, settings)
     return [after - before for before, after in itertools.pairwise(sent)], code, err
@@ -464,7 +457,12 @@ def test_four_ranks_exchange_what_the_plan_says(tmp_path: Path, model: str) -> N
     assert {r["groups"] for r in dense} == {"tp_dp"} and {str(r["ranks"]) for r in dense} == {"[[0, 1, 2, 3]]"}
     assert [r["label"].split()[-1] for r in dense[:2]] == ["gather", "scatter"]
     sent = [[r["sent_bytes"][0][rank] for r in dense] for rank in range(4)]
-    assert sent == [sent_bytes for sent_bytes, _, _ in results]
+    # A transfer of the exchange carries a round's gather and the scatter of the round two before.
+    fused = [[0] * (len(each) // 2 + 2) for each in sent]
+    for rank, each in enumerate(sent):
+        for index, numel in enumerate(each):
+            fused[rank][index // 2 + 2 * (index % 2)] += numel
+    assert fused == [sent_bytes for sent_bytes, _, _ in results]
     # Routers are stored by both tensor-parallel ranks: one copy goes, two come back.
     assert sum(each[1] for each in sent) > sum(each[0] for each in sent) > 0
     # Experts: two groups of two, one for each expert-parallel rank, which are the expert-data-parallel groups.

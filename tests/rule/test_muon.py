@@ -184,13 +184,14 @@ def test_batched_equals_unbatched(coefficient_set: str, steps: int) -> None:
     Measured: up to 6e-6 of the largest element.
     """
     config = MuonConfig(ns_dtype="fp32", coefficients=coefficient_set, ns_steps=steps)
-    shapes = [(9, 30), (30, 9), (16, 256), (9, 30), (7, 25), (1, 7), (16, 256), (30, 9), (9, 30), (7, 25)]
-    matrices = [normal(seed, *shape) for seed, shape in enumerate(shapes)]
-    batched, single = [m.clone() for m in matrices], [m.clone() for m in matrices]
+    shapes = [(3, 9, 30), (2, 30, 9), (2, 16, 256), (2, 7, 25), (1, 1, 7)]
+    stacks = [normal(seed, *shape) for seed, shape in enumerate(shapes)]
+    batched, single = [m.clone() for m in stacks], [m.clone() for m in stacks]
     orthogonalized_updates(batched, config)
     orthogonalized_updates(single, dataclasses.replace(config, batched=False))
-    for a, b in zip(batched, single, strict=True):
-        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+    for some, others in zip(batched, single, strict=True):
+        for a, b in zip(some, others, strict=True):
+            assert (a - b).abs().max() <= 1e-5 * b.abs().max()
 
 
 def test_a_stack_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,12 +202,12 @@ def test_a_stack_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         stacks.append(batch.shape[0] if batch.ndim == 3 else 1)
         return orthogonalize(batch, *args, **kwargs)
 
-    matrices = [normal(seed, 8, 20) for seed in range(7)]
-    expected = [m.clone() for m in matrices]
-    orthogonalized_updates(expected, FP32)
+    matrices = normal(7, 7, 8, 20)
+    expected = matrices.clone()
+    orthogonalized_updates([expected], FP32)
     monkeypatch.setattr(muon, "orthogonalize", counted)
     monkeypatch.setattr(muon, "_STACK_NUMEL", 3 * 8 * 20 + 1)
-    orthogonalized_updates(matrices, FP32)
+    orthogonalized_updates([matrices], FP32)
     assert stacks == [3, 3, 1]
     for matrix, one_stack in zip(matrices, expected, strict=True):
         assert (matrix - one_stack).abs().max() <= 1e-5 * one_stack.abs().max()  # see the test above
@@ -214,9 +215,9 @@ def test_a_stack_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_unbatched_does_not_depend_on_the_other_matrices() -> None:
     config = dataclasses.replace(FP32, batched=False)
-    matrices = [normal(seed, 8, 20) for seed in range(3)]
-    together = [m.clone() for m in matrices]
-    orthogonalized_updates(together, config)
+    matrices = normal(3, 3, 8, 20)
+    together = matrices.clone()
+    orthogonalized_updates([together], config)
     for matrix, expected in zip(matrices, together, strict=True):
         orthogonalized_updates([matrix], config)
         assert same_bits(matrix, expected)
@@ -224,9 +225,9 @@ def test_unbatched_does_not_depend_on_the_other_matrices() -> None:
 
 @pytest.mark.parametrize("batched", [False, True])
 def test_nan_in_one_matrix_stays_there(batched: bool) -> None:
-    matrices = [normal(seed, 6, 6) for seed in range(3)]
+    matrices = normal(3, 3, 6, 6)
     matrices[1][2, 3] = math.nan
-    orthogonalized_updates(matrices, dataclasses.replace(FP32, batched=batched))
+    orthogonalized_updates([matrices], dataclasses.replace(FP32, batched=batched))
     assert [bool(m.isnan().any()) for m in matrices] == [False, True, False]
 
 
@@ -325,10 +326,10 @@ def test_the_chosen_back_end_and_method_do_the_work(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("megatron_muon.rule.muon._backend", backend)
     config = MuonConfig(ns_backend="gram-newton-schulz", ns_method="standard", max_team_size=1, scale_mode="spectral")
-    views = [normal(0, 4, 9), normal(1, 4, 9)]
+    views = [normal(0, 2, 4, 9)]
     orthogonalized_updates(views, config)
     assert calls == [("gram-newton-schulz", "standard")]
-    assert all(torch.equal(view, torch.full((4, 9), 6.0)) for view in views)
+    assert torch.equal(views[0], torch.full((2, 4, 9), 6.0))
 
 
 @pytest.mark.parametrize("method", ["standard", "gram"])

@@ -74,7 +74,7 @@ class Transfer:
 
     Attributes:
         key: The same on all ranks that take part in it, and on no others.
-        name: `gather` or `scatter`.
+        name: One of `phases.FLIGHTS`.
         sent_bytes: To other ranks.
         ms: From its issue here to its completion here, so that it includes waiting for ranks that issue it later.
     """

@@ -20,7 +20,13 @@ from megatron_muon.exchange.phases import Busy, Flight, label
 
 
 class Clock(Protocol):
-    """Where marks come from. A mark may be of any type."""
+    """Where marks come from. A mark may be of any type.
+
+    Attributes:
+        on_host: Whether a mark is taken at once, in any thread, and touches no stream.
+    """
+
+    on_host: bool
 
     def mark(self) -> Any:
         """Now; on a GPU, when the current stream gets here."""
@@ -33,6 +39,8 @@ class Clock(Protocol):
 
 class HostClock:
     """The monotonic clock: what sets the system's time does not touch it."""
+
+    on_host = True
 
     def mark(self) -> int:
         return time.perf_counter_ns()
@@ -47,6 +55,8 @@ class CudaClock:
     Args:
         device: Whose streams are marked.
     """
+
+    on_host = False
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -136,7 +146,12 @@ class Recording:
         with record_function(label(name, round_index)):
             begin = self.clock.mark()
             yield
-            self._busy.append((name, kind, round_index, begin, self.clock.mark()))
+            end = self.clock.mark()
+        self._busy.append((name, kind, round_index, begin, end))
+        if name == "wait":
+            for flying in self._flights:
+                if (flying.kind, flying.round_index) == (kind, round_index) and flying.ended is None:
+                    flying.end.append(end)
 
     def collective(
         self, name: Flight, round_index: int, sent_bytes: int, issue: Callable[[], dist.Work | None], kind: str
@@ -147,11 +162,13 @@ class Recording:
             work = issue()
         if work is not None:
             flying = _Flying(name, kind, round_index, sent_bytes, begin)
-            try:
-                # Runs where the collective ends: on Gloo's thread, or on a stream behind NCCL's.
-                flying.ended = work.get_future().then(lambda _: flying.end.append(self.clock.mark()))
-            except RuntimeError:
-                return work
+            if self.clock.on_host:
+                try:
+                    # Runs on Gloo's thread when the collective ends. On a GPU this would run on a stream of its own,
+                    # which holds up the others if there is one hardware queue: there a flight ends with its wait.
+                    flying.ended = work.get_future().then(lambda _: flying.end.append(self.clock.mark()))
+                except RuntimeError:
+                    return work
             self._flights.append(flying)
         return work
 
@@ -159,8 +176,10 @@ class Recording:
         """Ends the recording. Waits for the device; on the host, for nothing that the step has not waited for."""
         end = self.clock.mark()
         for flying in self._flights:
-            # The collective is complete, but the thread that notes it may be a moment behind.
-            flying.ended.wait()
+            if flying.ended is not None:
+                # The collective is complete, but the thread that notes it may be a moment behind.
+                flying.ended.wait()
+        self._flights = [flying for flying in self._flights if flying.end]
         marks = [self._begin, end]
         marks += [mark for *_, begin, stop in self._busy for mark in (begin, stop)]
         marks += [mark for flying in self._flights for mark in (flying.begin, *flying.end)]

@@ -26,6 +26,7 @@ _LABELS = {
     "param_gather": "param gather",
     "wait": "wait for exchange",
     "gather": "gather (in flight)",
+    "exchange": "exchange (in flight)",
     "scatter": "scatter (in flight)",
 }
 
@@ -34,7 +35,7 @@ def rows(summary: StepSummary, facts: RunFacts) -> list[Row]:
     """A row for each phase that occurs, in the order of a step; collectives in flight overlap with the others."""
     spreads = {**summary.busy_ms, **{name: wire.ms for name, wire in summary.wires.items()}}
     out: list[Row] = []
-    for name in ("momentum", "pack", "gather", *BUSY[2:6], "scatter", *BUSY[6:]):
+    for name in ("momentum", "pack", "gather", "exchange", *BUSY[2:6], "scatter", *BUSY[6:]):
         if name in spreads:
             out.append((_LABELS.get(name, name), spreads[name], *_work(name, summary, facts)))
     out.append(("other", summary.other_ms, "", "", ""))

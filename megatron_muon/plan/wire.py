@@ -1,0 +1,166 @@
+"""What travels between ranks along a plan, and how much memory that takes on each: numbers only, no tensors.
+
+Transfer k is one all-to-all. It carries the gather of round k and the scatter of round k - 2, so that a plan of n
+rounds has n + 2 transfers, of which those that move nothing are not issued.
+
+A slice is *resident* if the rank that stores it owns everything in it. It needs no transfer: it is copied into the
+collected tensors and back on its rank. All other slices travel whole, also what their own rank owns of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from megatron_muon.plan.ownership import Item, OwnershipPlan, Segment
+
+# Stacks of matrices begin at multiples of so many elements, as matrix units and copies want it.
+STACK_ALIGNMENT = 64
+_SCRATCH_ITEMSIZE = 4
+
+ROUND_SHARE = 5
+"""A round takes at most 1/5 of `exchange_buffer_mb` on a rank: in transit, and so much again where it is collected.
+
+Two rounds are in transit at a time. With scratch of `SCRATCH_SHARE`, dense and expert matrices together then have
+2 x (2/5 + 1/5 + 1/8) = 1.45 times `exchange_buffer_mb` of persistent buffers at most, unless one parameter is larger.
+"""
+SCRATCH_SHARE = 8
+"""The scratch takes at most 1/8 of `exchange_buffer_mb`, or as much as the largest slice in fp32."""
+
+
+@dataclass(frozen=True)
+class Wire:
+    """The transfers of a plan.
+
+    Attributes:
+        plan: The plan.
+        keep_resident: False makes every slice travel.
+    """
+
+    plan: OwnershipPlan
+    keep_resident: bool = True
+
+    @property
+    def num_transfers(self) -> int:
+        return len(self.plan.rounds) + 2 if self.plan.rounds else 0
+
+    @cached_property
+    def travelling(self) -> frozenset[tuple[int, int]]:
+        """(parameter, rank) of the slices that travel."""
+        if not self.keep_resident:
+            return frozenset((index, s.rank) for index, m in enumerate(self.plan.matrices) for s in m.slices)
+        travelling: set[tuple[int, int]] = set()
+        for item in self.plan.all_items():
+            moved = self.plan.transfers([item], scatter=True)
+            away = moved.destinations[moved.sources != moved.destinations]
+            travelling.update((item.matrix, rank) for rank in away.tolist())
+        return frozenset(travelling)
+
+    @cached_property
+    def _lanes(self) -> dict[tuple[int, bool], tuple[tuple[int, Segment], ...]]:
+        return {
+            (round_index, scatter): tuple(
+                (self.plan.owner(item), segment)
+                for item in self.plan.items(round_index)
+                for segment in self.plan.segments(item, scatter=scatter)
+                if (item.matrix, segment.rank) in self.travelling
+            )
+            for round_index in range(len(self.plan.rounds))
+            for scatter in (False, True)
+        }
+
+    def lane(self, transfer: int, *, scatter: bool) -> tuple[tuple[int, Segment], ...]:
+        """(owner, segment) of all that a transfer gathers or scatters, in wire order."""
+        return self._lanes.get((transfer - 2 if scatter else transfer, scatter), ())
+
+    @cached_property
+    def moves(self) -> tuple[bool, ...]:
+        """For each transfer, whether any rank sends anything to another one."""
+        return tuple(
+            any(owner != s.rank for scatter in (False, True) for owner, s in self.lane(transfer, scatter=scatter))
+            for transfer in range(self.num_transfers)
+        )
+
+    @property
+    def num_collectives(self) -> int:
+        """All-to-alls of one step, beside those of teams."""
+        return sum(self.moves)
+
+    @cached_property
+    def buffer_numel(self) -> tuple[tuple[int, int], ...]:
+        """For each rank, elements of its send and its receive buffer: those of its largest transfer."""
+        most = [[0, 0] for _ in range(self.plan.world_size)]
+        for transfer in range(self.num_transfers):
+            here = [[0, 0] for _ in range(self.plan.world_size)]
+            for scatter in (False, True):
+                for owner, segment in self.lane(transfer, scatter=scatter):
+                    here[segment.rank][scatter] += segment.numel
+                    here[owner][not scatter] += segment.numel
+            most = [[max(a, b), max(c, d)] for (a, c), (b, d) in zip(most, here, strict=True)]
+        return tuple((send, receive) for send, receive in most)
+
+    def placed_items(self, round_index: int, rank: int) -> tuple[dict[Item, int], int]:
+        """Where a rank collects what it owns in a round: item -> first element, and the number of elements.
+
+        Matrices of one shape that are done alone lie one after the other, so that they form a stack.
+        """
+        offsets: dict[Item, int] = {}
+        at, before = 0, None
+        for key, item in sorted((self._shape_key(item), item) for item in self.plan.items(round_index, rank)):
+            if key != before:
+                at, before = -(-at // STACK_ALIGNMENT) * STACK_ALIGNMENT, key
+            offsets[item] = at
+            rows, cols = self.plan.shape(item)
+            at += rows * cols
+        return offsets, at
+
+    def _shape_key(self, item: Item) -> tuple[int, ...]:
+        if self.plan.team(item) is not None:
+            return (1, *self.plan.shape(item))
+        return (0, *self.plan.spec(item).tile_shape(item.part))
+
+    def buffer_bytes(self, rank: int, itemsize: int, scratch_numel: int) -> int:
+        """Bytes of the exchange's persistent buffers on a rank: both wire buffers, collected parts and scratch.
+
+        Args:
+            rank: Rank of the group.
+            itemsize: Of an element on the wire.
+            scratch_numel: See `batches`.
+        """
+        numel = {i: s.stop - s.start for i, m in enumerate(self.plan.matrices) for s in m.slices if s.rank == rank}
+        rounds = range(len(self.plan.rounds))
+        collected = max((self.placed_items(r, rank)[1] for r in rounds), default=0)
+        scratch = max(
+            (sum(numel[i] for i in batch) for r in rounds for batch in self.batches(r, rank, numel, scratch_numel)),
+            default=0,
+        )
+        return (sum(self.buffer_numel[rank]) + collected) * itemsize + scratch * _SCRATCH_ITEMSIZE
+
+    def batches(self, round_index: int, rank: int, numel: Mapping[int, int], limit: int) -> list[tuple[int, ...]]:
+        """A rank's slices of a round in groups of at most `limit` elements, or of one slice.
+
+        Args:
+            round_index: The round.
+            rank: Rank of the group.
+            numel: Parameter index -> elements of this rank's slice.
+            limit: Elements that the fp32 scratch for a group holds.
+
+        Returns:
+            Parameter indices of each group; a group's slices either all travel or are all resident.
+        """
+        held = [i for i in self.plan.rounds[round_index] if i in numel]
+        kinds = ([i for i in held if ((i, rank) in self.travelling) == travels] for travels in (True, False))
+        return [batch for members in kinds for batch in _grouped(members, numel, limit)]
+
+
+def _grouped(members: Iterable[int], numel: Mapping[int, int], limit: int) -> list[tuple[int, ...]]:
+    groups: list[list[int]] = []
+    total = 0
+    for index in members:
+        if not groups or total + numel[index] > limit:
+            groups.append([])
+            total = 0
+        groups[-1].append(index)
+        total += numel[index]
+    return [tuple(group) for group in groups]
