@@ -168,7 +168,7 @@ class Checked:
             assert collected.dtype == self.exchange.dtype
             assert torch.equal(collected.float(), self.wire(expected_part(self.plan, item.matrix, item.part)))
         # Stacks are views of the parts: together they are all of them, each logical matrix once.
-        before = {item: part.float() for item, part in parts.items()}
+        before = {item: part.to(torch.float32, copy=True) for item, part in parts.items()}
         for stack in self.exchange.stacks(round_index):
             stack.copy_(updated(stack.float()))
         assert all(torch.equal(part.float(), self.wire(updated(before[i]))) for i, part in parts.items())

@@ -178,7 +178,9 @@ def test_a_step_that_is_not_logged_costs_nothing(tmp_path: Path) -> None:
         plain, logged = without["collectives"], with_log["collectives"]
         assert plain[0] == logged[0] and plain[2] == logged[2] and plain[1] == plain[2]
         more = {name: logged[1][name] - plain[1][name] for name in COLLECTIVES if logged[1][name] != plain[1][name]}
-        assert more == {"all_to_all_single": with_log["optimizers"], "gather_object": 1}
+        # One gather of weights for each optimizer, unless nothing moves in the round.
+        assert 1 <= more.pop("all_to_all_single") <= with_log["optimizers"]
+        assert more == {"gather_object": 1}
         # Nor does it change what is trained.
         for a, b in zip(without["pieces"][3], with_log["pieces"][3], strict=True):
             assert a[:2] == b[:2] and torch.equal(a[4], b[4])
