@@ -7,7 +7,7 @@ with the phases' memory traffic. Times are those that plans are made with (`plan
 operations, other kernels by the bytes that they read and write at the H100's memory bandwidth, an all-to-all by the
 rank that sends or receives most, within its node and to other nodes. All ranks are taken to be as far as this one.
 
-There are two ways to feed a GPU: `CUDA_DEVICE_MAX_CONNECTIONS=1`, one hardware queue, in which whatever is issued starts
+A GPU is fed in two ways: `CUDA_DEVICE_MAX_CONNECTIONS=1`, one hardware queue, in which whatever is issued starts
 no earlier than what was issued before it; and 8, where only streams order. For comparison the same work is played in
 the order of the version before: a gather and a scatter for each round, those of the next rounds issued back to back
 after Newton-Schulz.
