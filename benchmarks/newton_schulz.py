@@ -26,7 +26,7 @@ from emerging_optimizers.orthogonalized_optimizers.muon_utils import newton_schu
 from torch import Tensor
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from megatron_muon.newton_schulz import choose_method, coefficients, newton_schulz_flops, orthogonalize
+from megatron_muon.newton_schulz import choose_iteration, coefficients, newton_schulz_flops, orthogonalize
 
 STEPS = 5
 KELLER = (3.4445, -4.7750, 2.0315)
@@ -49,8 +49,8 @@ def implementations(x: Tensor) -> dict[str, Callable[[], Tensor]]:
     return {
         "torch.optim.Muon": lambda: _zeropower_via_newtonschulz(single, KELLER, STEPS, 1e-7),
         "emerging-optimizers": lambda: emerging_newton_schulz(x, STEPS, "simple"),
-        "standard": lambda: orthogonalize(x, schedule, method="standard"),
-        "gram": lambda: orthogonalize(x, schedule, method="gram"),
+        "standard": lambda: orthogonalize(x, schedule, iteration="standard"),
+        "gram": lambda: orthogonalize(x, schedule, iteration="gram"),
         "auto": lambda: orthogonalize(x, schedule),
     }
 
@@ -82,7 +82,7 @@ def measure(rows: int, columns: int, repeats: int) -> dict[str, Any]:
     return {
         "rows": rows,
         "columns": columns,
-        "chosen": choose_method(rows, columns, STEPS, torch.float32, "cpu"),
+        "chosen": choose_iteration(rows, columns, STEPS, torch.float32, "cpu"),
         "median_ms": {name: 1e3 * statistics.median(times) for name, times in seconds.items()},
         "median_speedup": {
             ours: {other: statistics.median(b / a for a, b in zip(seconds[ours], seconds[other])) for other in OTHERS}

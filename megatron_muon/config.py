@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import torch
 
-from megatron_muon.newton_schulz import BACKEND_DTYPES, BackendName, Method, coefficients, scaling_for
+from megatron_muon.newton_schulz import BACKEND_DTYPES, BackendName, Iteration, coefficients, scaling_for
 
 Preset = Literal["moonlight", "megatron", "deepseek-v4", "keller"]
 Variant = Literal["muon", "normuon", "adamuon"]
@@ -77,7 +77,7 @@ class MuonConfig:
             "gram-newton-schulz (bf16, fp16), which need max_team_size 1"
         },
     )
-    ns_method: Method = field(
+    ns_method: Iteration = field(
         default="auto",
         metadata={"help": "iterate on the matrix, or on its Gram matrix (not in bf16); auto: the cheaper by shape"},
     )

@@ -11,7 +11,8 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_muon.newton_schulz import AOL_SIGMA_MAX, Schedule, scaling_for
+from megatron_muon.newton_schulz import Schedule, scaling_for
+from megatron_muon.newton_schulz.coefficients import AOL_SIGMA_MAX
 
 UNIT_ROUNDOFF = {torch.float64: 2**-53, torch.float32: 2**-24, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 

@@ -22,12 +22,14 @@ from torch import Tensor
 from megatron_muon.config import TORCH_DTYPES, MuonConfig, owner_factor
 from megatron_muon.exchange.lockstep import Message, Talk
 from megatron_muon.newton_schulz import (
-    AOL_SIGMA_MAX,
+    MARGIN,
     Scaling,
     Schedule,
     accumulation_dtype,
     check_schedule,
     coefficients,
+    power_of_two_and_norm,
+    row_scales,
     scaling_for,
 )
 from megatron_muon.plan.seats import Seat
@@ -41,7 +43,6 @@ def orthogonalize_band(
     divided: bool,
     dtype: torch.dtype,
     scaling: Scaling = "frobenius",
-    eps: float = 1e-7,
 ) -> Talk:
     """A member's part of orthogonalizing (X_1 ... X_k); the counterpart of `newton_schulz.orthogonalize`.
 
@@ -55,7 +56,6 @@ def orthogonalize_band(
         divided: Whether to divide the polynomial; the same for all members.
         dtype: Data type of the iterations and of what members send.
         scaling: That the schedule needs; see `newton_schulz.scaling_for`.
-        eps: Relative margin below a spectral norm of one.
 
     Returns:
         The talk, whose result is the member's columns of U p(S) V^T, in `dtype`.
@@ -64,18 +64,19 @@ def orthogonalize_band(
         ValueError: Before anything is said, if the schedule does not orthogonalize under this scaling.
     """
     check_schedule(schedule, scaling)
-    return _talk(x, seat, schedule, divided, dtype, scaling, eps)
+    return _talk(x, seat, schedule, divided, dtype, scaling)
 
 
-def _talk(
-    x: Tensor, seat: Seat, schedule: Schedule, divided: bool, dtype: torch.dtype, scaling: Scaling, eps: float
-) -> Talk:
+def _talk(x: Tensor, seat: Seat, schedule: Schedule, divided: bool, dtype: torch.dtype, scaling: Scaling) -> Talk:
     # Normalized before the cast: gradients may lie outside float16's range.
-    y = (yield from _normalized(x, seat, max(eps, torch.finfo(dtype).eps))).to(dtype)
+    y = (yield from _normalized(x, seat, max(MARGIN, torch.finfo(dtype).eps))).to(dtype)
     for step, (a, b, c) in enumerate(schedule):
         gram = yield from _all_reduce(y @ y.mT, seat)
         if step == 0 and scaling == "aol":
-            _scale_aol(y, gram)
+            # Every member computes the same factors, since it has all of the Gram matrix and all rows of its columns.
+            scale = row_scales(gram)
+            y.mul_(scale)
+            gram.mul_(scale).mul_(scale.mT)
         if divided:
             start, stop = seat.rows(len(gram), seat.member)
             own = torch.addmm(gram[start:stop, :stop], gram[start:stop], gram[:, :stop], beta=b, alpha=c)
@@ -87,37 +88,20 @@ def _talk(
     return y
 
 
-def _normalized(x: Tensor, seat: Seat, eps: float) -> Generator[Message, Sequence[Tensor], Tensor]:
-    """x over (1 + eps) times the norm of the whole matrix; zero stays zero.
+def _normalized(x: Tensor, seat: Seat, margin: float) -> Generator[Message, Sequence[Tensor], Tensor]:
+    """x over (1 + margin) times the norm of the whole matrix; zero stays zero. See `newton_schulz.normalize`.
 
-    As in `newton_schulz.normalize`, squares are taken of entries scaled by a power of two, so that none under- or
-    overflows whatever the scale of the input. Members differ in that power, so that it travels with the norm.
+    Members divide by different powers of two, so that the power travels with the norm.
     """
-    limits = torch.finfo(x.dtype)
-    peak = x.abs().amax().clamp_(limits.tiny, limits.max / 2)
-    unit = peak / torch.frexp(peak).mantissa
-    scaled = x / unit
-    # Rows first, as there.
-    norm = torch.linalg.vector_norm(torch.linalg.vector_norm(scaled, dim=1))
-    received = yield Message([torch.stack([unit, norm])] * seat.size, [(2,)] * seat.size)
-    units, norms = torch.stack(list(received)).unbind(dim=1)
-    # Powers of two: dividing by another one than before is exact, but for what is too small to matter.
-    unit = units.amax()
-    total = torch.linalg.vector_norm(norms * (units / unit))
-    total.mul_(1.0 + eps).clamp_(min=limits.tiny)
-    return torch.div(x, unit, out=scaled).div_(total)
-
-
-def _scale_aol(y: Tensor, gram: Tensor) -> None:
-    """Scales rows so that no singular value exceeds `AOL_SIGMA_MAX`, as `newton_schulz` does. Mutates both.
-
-    Every member computes the same factors: it has all of the Gram matrix, and all rows of its columns.
-    """
-    dtype = accumulation_dtype(y.dtype)
-    sums = torch.linalg.vector_norm(gram, ord=1, dim=1, keepdim=True, dtype=dtype)
-    scale = sums.clamp_(min=torch.finfo(dtype).tiny).rsqrt_().mul_(AOL_SIGMA_MAX)
-    y.mul_(scale)
-    gram.mul_(scale).mul_(scale.mT)
+    scaled = torch.empty_like(x, memory_format=torch.contiguous_format)
+    power, norm = (value.view(()) for value in power_of_two_and_norm(x, scaled))
+    received = yield Message([torch.stack([power, norm])] * seat.size, [(2,)] * seat.size)
+    powers, norms = torch.stack(list(received)).unbind(dim=1)
+    # Dividing by another power of two is exact, except for entries that are negligibly small.
+    largest = powers.amax()
+    total = torch.linalg.vector_norm(norms * (powers / largest))
+    total.mul_(1.0 + margin).clamp_(min=torch.finfo(x.dtype).tiny)
+    return torch.div(x, largest, out=scaled).div_(total)
 
 
 def _sum(blocks: Sequence[Tensor]) -> Tensor:

@@ -1,12 +1,13 @@
 """Back ends of `orthogonalize`: PyTorch's products, or kernels of other packages where they are installed.
 
-A back end is chosen by name and never replaced by another one: what is not available raises, with the remedy.
+A back end is chosen by name and never replaced by another one: a choice that is not available raises an error with the
+remedy. The kernels of other packages were not run on a GPU here; tests put stand-ins in their place.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from itertools import accumulate
 from types import MappingProxyType, ModuleType
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_muon.newton_schulz.coefficients import Scaling, Schedule, check_schedule
-from megatron_muon.newton_schulz.cost import Method, check_method, restart_segments
-from megatron_muon.newton_schulz.iterations import normalize, orthogonalize
+from megatron_muon.newton_schulz.cost import Iteration, check_iteration, restart_segments
+from megatron_muon.newton_schulz.iterations import MARGIN, normalize, orthogonalize
 
 BackendName = Literal["torch", "emerging", "gram-newton-schulz"]
 
@@ -30,154 +31,171 @@ BACKEND_DTYPES: Mapping[str, tuple[torch.dtype, ...]] = MappingProxyType(
 )
 """Data types in which each back end iterates."""
 
+# Both packages load tiles with the Tensor Memory Accelerator, whose rows begin at multiples of 16 bytes: 8 elements of
+# 16 bits. Sources: `TensorDescriptor` in Triton's documentation; tensor map strides in the CUDA driver API.
+_ROW_ELEMENTS = 8
 
-class NewtonSchulzBackend(Protocol):
-    """Something that orthogonalizes; the contract is that of the function `orthogonalize`."""
+# gram-newton-schulz 0.1.6 leaves matrices with a shorter side of up to 256 to torch's products.
+_GRAM_PACKAGE_TILE = 256
 
-    @property
-    def name(self) -> BackendName:
-        """The name by which `load_backend` knows it."""
-        ...
+Step = Callable[[Tensor, float, float, float], Tensor]
 
-    def orthogonalize(
+
+class Orthogonalize(Protocol):
+    """What a back end is: a function with the contract of `orthogonalize`."""
+
+    def __call__(
         self,
         x: Tensor,
         schedule: Schedule,
         *,
-        eps: float = 1e-7,
-        method: Method = "auto",
+        iteration: Iteration = "auto",
         scaling: Scaling = "frobenius",
     ) -> Tensor:
-        """Returns U p(S) V^T for each matrix of x; raises ValueError for what this back end does not do."""
+        """Returns U p(S) V^T for each matrix of x; raises ValueError for arguments that the back end does not take."""
         ...
 
 
-class TorchBackend:
-    """PyTorch's own matrix products; runs everywhere."""
+def shapes_problem(name: BackendName, shapes: Iterable[tuple[int, int]]) -> str | None:
+    """Says which logical matrices the kernels of a back end cannot take. Needs neither the package nor a GPU.
 
-    name: BackendName = "torch"
+    Args:
+        name: The back end.
+        shapes: (rows, cols) of the logical matrices.
 
-    def orthogonalize(
-        self,
-        x: Tensor,
-        schedule: Schedule,
-        *,
-        eps: float = 1e-7,
-        method: Method = "auto",
-        scaling: Scaling = "frobenius",
-    ) -> Tensor:
-        """Calls `orthogonalize`."""
-        return orthogonalize(x, schedule, eps=eps, method=method, scaling=scaling)
+    Returns:
+        None if it can take all of them.
+    """
+    smallest = {"torch": None, "emerging": 1, "gram-newton-schulz": _GRAM_PACKAGE_TILE + 1}[name]
+    if smallest is None:
+        return None
+    refused = sorted(
+        {s for s in shapes if min(s) >= smallest and (s[0] % _ROW_ELEMENTS or s[1] % _ROW_ELEMENTS)}, reverse=True
+    )
+    if not refused:
+        return None
+    listed = ", ".join(f"{rows} x {cols}" for rows, cols in refused[:3]) + (", ..." if len(refused) > 3 else "")
+    return (
+        f"Newton-Schulz back end {name!r}: got logical matrices of {len(refused)} shapes that its kernels cannot load "
+        f"({listed}), expected both sides to be multiples of {_ROW_ELEMENTS} elements, which are 16 bytes; take the "
+        "back end 'torch'"
+    )
 
 
-class EmergingSyrkBackend:
+def emerging_syrk(step: Step) -> Orthogonalize:
     """The standard iteration on emerging-optimizers' Triton kernel for symmetric products (bfloat16, CUDA).
 
-    Written against ``newton_schulz_step_tsyrk(X, a, b, c)`` of emerging-optimizers 0.3. The step is called rather
-    than the package's ``newton_schulz``, which takes the kernel only if the process-wide float32 matmul precision is
-    "medium". Not run on a GPU here: the tests put a stand-in in place of the kernel.
+    The package's step is called rather than its ``newton_schulz``, which takes the kernel only if the process-wide
+    float32 matmul precision is "medium".
+
+    Args:
+        step: (X, a, b, c) -> (a I + b X X^T + c (X X^T)^2) X on one bfloat16 matrix; ``newton_schulz_step_tsyrk`` of
+            emerging-optimizers 0.3.
     """
 
-    name: BackendName = "emerging"
-
-    def __init__(self, step: Callable[[Tensor, float, float, float], Tensor]) -> None:
-        """Takes the step, a function (X, a, b, c) -> (a I + b X X^T + c (X X^T)^2) X on one bfloat16 matrix."""
-        self._step = step
-
     @torch.no_grad()
-    def orthogonalize(
-        self,
+    def run(
         x: Tensor,
         schedule: Schedule,
         *,
-        eps: float = 1e-7,
-        method: Method = "auto",
+        iteration: Iteration = "auto",
         scaling: Scaling = "frobenius",
     ) -> Tensor:
-        """Runs the standard iteration, one matrix after the other: the kernel takes 2-D input."""
-        _refuse(self.name, x, method, ("auto", "standard"), scaling)
+        _check_arguments("emerging", x, ("auto", "standard"), iteration, scaling)
         check_schedule(schedule, scaling)
-        result = normalize(x, eps=eps)
+        result = normalize(x)
         tall = x.size(-2) > x.size(-1)
+        # One matrix after the other: the kernel takes 2-D input.
         for matrix in result.view(-1, *x.shape[-2:]):
             y = matrix.mT if tall else matrix
             for a, b, c in schedule:
-                y = self._step(y, a, b, c)
+                y = step(y, a, b, c)
             matrix.copy_(y.mT if tall else y)
         return result
 
+    return run
 
-class GramPackageBackend:
+
+def gram_package(factory: Callable[..., Callable[[Tensor], Tensor]]) -> Orthogonalize:
     """Dao-AILab's gram-newton-schulz: Gram iteration in float16 on CuTe symmetric kernels (Hopper, Blackwell).
 
-    Written against the class ``GramNewtonSchulz`` of gram-newton-schulz 0.1.6. The package iterates in float16
-    whatever it is given, so float32 input is refused rather than rounded; bfloat16 input is scaled first and keeps
-    all its bits. Not run on a GPU here: the tests put a stand-in in place of the package.
+    The package iterates in float16 whatever it is given, so that float32 input is refused rather than rounded.
+    bfloat16 input is normalized first and keeps all its bits.
+
+    Args:
+        factory: The class ``GramNewtonSchulz`` of gram-newton-schulz 0.1.6.
     """
 
-    name: BackendName = "gram-newton-schulz"
-
-    def __init__(self, factory: Callable[..., Callable[[Tensor], Tensor]]) -> None:
-        """Takes the factory, the class ``GramNewtonSchulz`` or what stands in for it."""
-
-        # One object per schedule and method: it builds its closures when it is made.
-        @lru_cache(maxsize=32)
-        def build(schedule: Schedule, eps: float, gram: bool) -> Callable[[Tensor], Tensor]:
-            return factory(
-                ns_epsilon=eps,
-                ns_use_kernels=True,
-                ns_coefficients=[list(step) for step in schedule],
-                use_gram_newton_schulz=gram,
-                gram_newton_schulz_reset_iterations=list(accumulate(restart_segments(len(schedule))))[:-1],
-                # The package's default captures CUDA graphs, whose output the next call overwrites.
-                compile_kwargs=None,
-            )
-
-        self._build = build
+    # One object per schedule and iteration: it builds its closures when it is made.
+    @lru_cache(maxsize=32)
+    def build(schedule: Schedule, gram: bool) -> Callable[[Tensor], Tensor]:
+        return factory(
+            ns_epsilon=MARGIN,
+            ns_use_kernels=True,
+            ns_coefficients=[list(step) for step in schedule],
+            use_gram_newton_schulz=gram,
+            gram_newton_schulz_reset_iterations=list(accumulate(restart_segments(len(schedule))))[:-1],
+            # The package's default captures CUDA graphs, whose output the next call overwrites.
+            compile_kwargs=None,
+        )
 
     @torch.no_grad()
-    def orthogonalize(
-        self,
+    def run(
         x: Tensor,
         schedule: Schedule,
         *,
-        eps: float = 1e-7,
-        method: Method = "auto",
+        iteration: Iteration = "auto",
         scaling: Scaling = "frobenius",
     ) -> Tensor:
-        """Runs the package's Gram iteration, or its standard one for square matrices or if asked to."""
-        _refuse(self.name, x, method, get_args(Method), scaling)
+        _check_arguments("gram-newton-schulz", x, get_args(Iteration), iteration, scaling)
         check_schedule(schedule, scaling)
-        # Normalized here first, for the package's epsilon is absolute; the second time only restores rounding.
-        scaled = normalize(x, eps=0.0).view(-1, *x.shape[-2:])
-        return self._build(schedule, eps, method != "standard")(scaled).view(x.shape)
+        # Normalized here first, because the package's epsilon is absolute; its own division then changes rounding only.
+        scaled = normalize(x, margin=0.0).view(-1, *x.shape[-2:])
+        return build(schedule, iteration != "standard")(scaled).view(x.shape)
+
+    return run
 
 
-def _refuse(
-    name: str,
-    x: Tensor,
-    method: Method,
-    methods: Sequence[str],
-    scaling: Scaling,
+def _check_arguments(
+    name: BackendName, x: Tensor, iterations: tuple[str, ...], iteration: Iteration, scaling: Scaling
 ) -> None:
-    check_method(method)
-    dtypes = BACKEND_DTYPES[name]
-    if x.dim() < 2 or x.dtype not in dtypes:
-        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(
-            f"Newton-Schulz back end {name!r}: got shape {tuple(x.shape)} in {x.dtype}, expected (..., M, N) in "
-            f"{expected}; set the Newton-Schulz dtype accordingly, or take the back end 'torch'"
+    check_iteration(iteration)
+    problem = None
+    if x.dim() < 2 or x.dtype not in BACKEND_DTYPES[name]:
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in BACKEND_DTYPES[name])
+        problem = (
+            f"got shape {tuple(x.shape)} in {x.dtype}, expected (..., M, N) in {expected}; set the Newton-Schulz dtype "
+            "accordingly"
         )
-    if method not in methods:
-        raise ValueError(
-            f"Newton-Schulz back end {name!r}: got method {method!r}, expected one of {', '.join(methods)}; take the "
-            "back end 'torch' for the other"
+    elif iteration not in iterations:
+        problem = f"got iteration {iteration!r}, expected one of {', '.join(iterations)}; choose one of them"
+    elif scaling != "frobenius":
+        problem = f"got scaling {scaling!r}, expected 'frobenius'; take other coefficients than 'aol'"
+    if problem:
+        raise ValueError(f"Newton-Schulz back end {name!r}: {problem}, or take the back end 'torch'")
+
+
+def load_backend(name: str, device_type: str) -> Orthogonalize:
+    """Returns the back end of that name.
+
+    Args:
+        name: A `BackendName`.
+        device_type: ``torch.device.type`` of the tensors it will be given.
+
+    Raises:
+        ValueError: If the name is not known.
+        RuntimeError: If the package is missing or too old, or the device is not one it runs on.
+    """
+    if name == "torch":
+        return orthogonalize
+    if name not in get_args(BackendName):
+        raise ValueError(f"Newton-Schulz back end: got {name!r}, expected one of {', '.join(get_args(BackendName))}")
+    if device_type != "cuda" or not torch.cuda.is_available():
+        raise RuntimeError(
+            f"Newton-Schulz back end {name!r}: got device type {device_type!r} and torch.cuda.is_available() = "
+            f"{torch.cuda.is_available()}, expected a CUDA device; take the back end 'torch'"
         )
-    if scaling != "frobenius":
-        raise ValueError(
-            f"Newton-Schulz back end {name!r}: got scaling {scaling!r}, expected 'frobenius'; take the back end "
-            "'torch' for the 'aol' coefficients"
-        )
+    return emerging_syrk(_load_syrk_step()) if name == "emerging" else gram_package(_load_gram_package())
 
 
 def _import(name: BackendName, module: str, requirement: str) -> ModuleType:
@@ -192,32 +210,7 @@ def _import(name: BackendName, module: str, requirement: str) -> ModuleType:
         ) from error
 
 
-def load_backend(name: str, device_type: str) -> NewtonSchulzBackend:
-    """Returns the back end of that name, or says why this host cannot run it.
-
-    Args:
-        name: A `BackendName`.
-        device_type: ``torch.device.type`` of the tensors it will be given.
-
-    Raises:
-        ValueError: If the name is not known.
-        RuntimeError: If the package is missing or too old, or the device is not one it runs on.
-    """
-    if name == "torch":
-        return TorchBackend()
-    if name not in get_args(BackendName):
-        raise ValueError(f"Newton-Schulz back end: got {name!r}, expected one of {', '.join(get_args(BackendName))}")
-    if device_type != "cuda" or not torch.cuda.is_available():
-        raise RuntimeError(
-            f"Newton-Schulz back end {name!r}: got device type {device_type!r} and torch.cuda.is_available() = "
-            f"{torch.cuda.is_available()}, expected a CUDA device; take the back end 'torch'"
-        )
-    if name == "emerging":
-        return EmergingSyrkBackend(_load_syrk_step())
-    return GramPackageBackend(_load_gram_package())
-
-
-def _load_syrk_step() -> Callable[[Tensor, float, float, float], Tensor]:
+def _load_syrk_step() -> Step:
     requirement = "emerging-optimizers>=0.3,<0.4"
     module = _import("emerging", "emerging_optimizers.orthogonalized_optimizers.muon_utils", requirement)
     step: Any = getattr(module, "newton_schulz_step_tsyrk", None)

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import torch
 
-Method = Literal["auto", "standard", "gram"]
+Iteration = Literal["auto", "standard", "gram"]
 
 GRAM_DTYPES = (torch.float16, torch.float32, torch.float64)
 """Data types in which the Gram iteration is accurate enough."""
@@ -67,12 +67,12 @@ def _symmetric_product_flops(m: int, inner: int, blocks: int) -> int:
     return sum(2 * (m - start) * (stop - start) * inner for start, stop in block_columns(m, blocks))
 
 
-def _products(m: int, n: int, steps: int, method: Method, blocks: int) -> tuple[int, int]:
+def _products(m: int, n: int, steps: int, iteration: Iteration, blocks: int) -> tuple[int, int]:
     """Returns (FLOPs, number of matrix products) of one matrix with m <= n."""
     gram = _symmetric_product_flops(m, n, blocks)
     square = _symmetric_product_flops(m, m, blocks)
     apply = 2 * m * m * n
-    if method == "standard":
+    if iteration == "standard":
         return steps * (gram + square + apply), 3 * steps
     segments = restart_segments(steps)
     # A segment of L steps: L polynomials, and L - 1 times one product for Q and two for the Gram matrix.
@@ -80,10 +80,10 @@ def _products(m: int, n: int, steps: int, method: Method, blocks: int) -> tuple[
     return len(segments) * (gram + apply) + squares * square, 2 * len(segments) + squares
 
 
-def check_method(method: str) -> None:
-    """Raises ValueError unless ``method`` is a `Method`."""
-    if method not in get_args(Method):
-        raise ValueError(f"method: got {method!r}, expected one of {', '.join(get_args(Method))}")
+def check_iteration(iteration: str) -> None:
+    """Raises ValueError unless ``iteration`` is an `Iteration`."""
+    if iteration not in get_args(Iteration):
+        raise ValueError(f"iteration: got {iteration!r}, expected one of {', '.join(get_args(Iteration))}")
 
 
 def _check(m: int, n: int, steps: int) -> tuple[int, int]:
@@ -92,7 +92,7 @@ def _check(m: int, n: int, steps: int) -> tuple[int, int]:
     return min(m, n), max(m, n)
 
 
-def choose_method(
+def choose_iteration(
     m: int, n: int, steps: int, dtype: torch.dtype, device_type: str, *, batch: int = 1
 ) -> Literal["standard", "gram"]:
     """Returns the iteration that costs less for matrices of shape (m, n).
@@ -120,9 +120,9 @@ def choose_method(
     blocks = symmetric_blocks(m, device_type)
     launch = _LAUNCH_FLOPS.get(device_type, _LAUNCH_FLOPS_ACCELERATOR)
     cost = {}
-    for method in ("standard", "gram"):
-        flops, products = _products(m, n, steps, method, blocks)
-        cost[method] = batch * flops + launch * products
+    for iteration in ("standard", "gram"):
+        flops, products = _products(m, n, steps, iteration, blocks)
+        cost[iteration] = batch * flops + launch * products
     return "gram" if cost["gram"] < cost["standard"] else "standard"
 
 
@@ -130,7 +130,7 @@ def newton_schulz_flops(
     m: int,
     n: int,
     steps: int,
-    method: Method = "auto",
+    iteration: Iteration = "auto",
     *,
     dtype: torch.dtype = torch.float32,
     device_type: str = "cuda",
@@ -145,25 +145,25 @@ def newton_schulz_flops(
         m: Rows.
         n: Columns; the order of the two does not matter.
         steps: Number of iterations, at least one.
-        method: The iteration; ``auto`` is the one of `choose_method`.
+        iteration: The iteration; ``auto`` is the one of `choose_iteration`.
         dtype: Data type of the iteration; matters for ``auto`` only.
         device_type: ``torch.device.type``.
 
     Raises:
-        ValueError: If a size or ``steps`` is below one, or the method is not known.
+        ValueError: If a size or ``steps`` is below one, or the iteration is not known.
     """
     m, n = _check(m, n, steps)
-    check_method(method)
-    if method == "auto":
-        method = choose_method(m, n, steps, dtype, device_type)
-    return _products(m, n, steps, method, symmetric_blocks(m, device_type))[0]
+    check_iteration(iteration)
+    if iteration == "auto":
+        iteration = choose_iteration(m, n, steps, dtype, device_type)
+    return _products(m, n, steps, iteration, symmetric_blocks(m, device_type))[0]
 
 
 def newton_schulz_bytes(
     m: int,
     n: int,
     steps: int,
-    method: Method = "auto",
+    iteration: Iteration = "auto",
     *,
     dtype: torch.dtype = torch.float32,
     device_type: str = "cuda",
@@ -177,21 +177,21 @@ def newton_schulz_bytes(
         m: Rows.
         n: Columns; the order of the two does not matter.
         steps: Number of iterations, at least one.
-        method: The iteration; ``auto`` is the one of `choose_method`.
+        iteration: The iteration; ``auto`` is the one of `choose_iteration`.
         dtype: Data type of the iteration.
         device_type: ``torch.device.type``; matters for ``auto`` only.
 
     Raises:
-        ValueError: If a size or ``steps`` is below one, or the method is not known.
+        ValueError: If a size or ``steps`` is below one, or the iteration is not known.
     """
     m, n = _check(m, n, steps)
-    check_method(method)
-    if method == "auto":
-        method = choose_method(m, n, steps, dtype, device_type)
+    check_iteration(iteration)
+    if iteration == "auto":
+        iteration = choose_iteration(m, n, steps, dtype, device_type)
     square, matrix = m * m, m * n
     # Y Y^T; b G + c G^2; P Y + a Y.
     gram, polynomial, apply = matrix + square, 2 * square, square + 2 * matrix
-    if method == "standard":
+    if iteration == "standard":
         return dtype.itemsize * steps * (gram + polynomial + apply)
     segments = restart_segments(steps)
     # Within a segment: two products for the Gram matrix and one for the factor, of two square operands each.

@@ -15,13 +15,16 @@ from torch import Tensor
 from megatron_muon.newton_schulz.coefficients import AOL_SIGMA_MAX, Scaling, Schedule, check_schedule
 from megatron_muon.newton_schulz.cost import (
     GRAM_DTYPES,
-    Method,
+    Iteration,
     block_columns,
-    check_method,
-    choose_method,
+    check_iteration,
+    choose_iteration,
     restart_segments,
     symmetric_blocks,
 )
+
+MARGIN = 1e-7
+"""Relative distance that normalized matrices keep from a norm of one, if the machine epsilon is smaller."""
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -35,33 +38,48 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
-def normalize(x: Tensor, *, eps: float = 1e-7, out: Tensor | None = None) -> Tensor:
-    """Returns each matrix over (1 + max(eps, machine epsilon)) times its Frobenius norm; zero stays zero.
+def power_of_two_and_norm(x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Divides each matrix by the power of two next to its largest entry, and takes the norm of the quotient.
 
-    Each matrix is first divided by the power of two next to its largest entry, which is exact, so that no square
-    under- or overflows: the result does not depend on the scale of the input, bit for bit if the scales differ by a
-    power of two. ``eps`` is relative, so there is no scale below which an input fades. The machine epsilon of
-    ``x.dtype`` keeps rounding from lifting a singular value above one, where fast coefficient sets explode.
+    The division is exact unless entries are negligibly small, and no square of the quotient under- or overflows, so
+    that norms do not depend on the scale of the input.
+
+    Args:
+        x: Matrices (..., M, N), floating point. Not mutated.
+        out: Contiguous tensor that the quotients are written to, shape and data type of ``x``.
+
+    Returns:
+        The powers of two and the Frobenius norms of the quotients, (..., 1, 1), in `accumulation_dtype`.
+    """
+    dtype = accumulation_dtype(x.dtype)
+    limits = torch.finfo(dtype)
+    torch.abs(x, out=out)
+    peak = out.amax(dim=(-2, -1), keepdim=True).to(dtype).clamp_(limits.tiny, limits.max / 2)
+    power = peak / torch.frexp(peak).mantissa
+    torch.div(x, power, out=out)
+    # Rows first: one float32 sum over all elements loses up to 1 % of the norm at 2048 x 8192 on a CPU.
+    rows = torch.linalg.vector_norm(out, dim=-1, keepdim=True, dtype=dtype)
+    return power, torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
+
+
+def normalize(x: Tensor, *, margin: float = MARGIN, out: Tensor | None = None) -> Tensor:
+    """Returns each matrix over (1 + max(margin, machine epsilon)) times its Frobenius norm; zero stays zero.
+
+    The result does not depend on the scale of the input, bit for bit if the scales differ by a power of two. ``margin``
+    is relative, so that there is no scale below which an input fades. The machine epsilon of ``x.dtype`` keeps rounding
+    from lifting a singular value above one, where fast coefficient sets explode.
 
     Args:
         x: Matrices of shape (..., M, N), floating point. Not mutated.
-        eps: Relative margin.
+        margin: Distance that is kept from a norm of one.
         out: Contiguous tensor to write to, shape and data type of ``x``.
 
     Returns:
         ``out``, or a new contiguous tensor of x's shape and data type.
     """
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    dtype = accumulation_dtype(x.dtype)
-    limits = torch.finfo(dtype)
-    torch.abs(x, out=out)
-    peak = out.amax(dim=(-2, -1), keepdim=True).to(dtype).clamp_(limits.tiny, limits.max / 2)
-    mantissa, _ = torch.frexp(peak)
-    torch.div(x, peak / mantissa, out=out)
-    # Rows first: one float32 sum over all elements loses up to 1 % of the norm at 2048 x 8192 on a CPU.
-    rows = torch.linalg.vector_norm(out, dim=-1, keepdim=True, dtype=dtype)
-    norm = torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
-    norm.mul_(1.0 + max(eps, torch.finfo(x.dtype).eps)).clamp_(min=limits.tiny)
+    _, norm = power_of_two_and_norm(x, out)
+    norm.mul_(1.0 + max(margin, torch.finfo(x.dtype).eps)).clamp_(min=torch.finfo(norm.dtype).tiny)
     return out.div_(norm)
 
 
@@ -123,18 +141,18 @@ def _polynomial(work: _Workspace, b: float, c: float) -> None:
     _mirror(out, work.blocks)
 
 
-def _scale_aol(work: _Workspace) -> None:
-    """Scales the rows of ``work.y`` so that no singular value exceeds `AOL_SIGMA_MAX`; leaves their Gram matrix.
+def row_scales(gram: Tensor) -> Tensor:
+    """Returns factors (..., M, 1) for the rows of Y that leave no singular value above `AOL_SIGMA_MAX`.
 
-    With G = Y Y^T and s_i = 1 / sqrt(sum_j |G_ij|), the norm of diag(s) Y is at most one. Mutates ``y``, ``gram``.
+    With G = Y Y^T and s_i = 1 / sqrt(sum_j |G_ij|), the norm of diag(s) Y is at most one.
+
+    Args:
+        gram: G, (..., M, M). Not mutated.
     """
-    _symmetric_multiply(work.y, work.y.mT, work.gram, work.blocks)
-    dtype = accumulation_dtype(work.y.dtype)
-    sums = torch.linalg.vector_norm(work.gram, ord=1, dim=-1, keepdim=True, dtype=dtype)
-    scale = sums.clamp_(min=torch.finfo(dtype).tiny).rsqrt_().mul_(AOL_SIGMA_MAX)
-    work.y.mul_(scale)
-    # One factor after the other: their outer product would be another (m, m) temporary.
-    work.gram.mul_(scale).mul_(scale.mT)
+    dtype = accumulation_dtype(gram.dtype)
+    sums = torch.linalg.vector_norm(gram, ord=1, dim=-1, keepdim=True, dtype=dtype)
+    scale: Tensor = sums.clamp_(min=torch.finfo(dtype).tiny).rsqrt_().mul_(AOL_SIGMA_MAX)
+    return scale
 
 
 def _iterate_standard(work: _Workspace, schedule: Schedule, *, gram_is_ready: bool) -> None:
@@ -179,19 +197,17 @@ def _iterate_gram(work: _Workspace, schedule: Schedule, *, gram_is_ready: bool) 
         work.swap()
 
 
-def _check_input(x: Tensor, eps: float, method: Method) -> None:
+def _check_input(x: Tensor, iteration: Iteration) -> None:
     if x.dim() < 2 or x.dtype not in _DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
         raise ValueError(
             f"orthogonalize: got shape {tuple(x.shape)} in {x.dtype}, expected (..., M, N) in one of {names}"
         )
-    check_method(method)
-    if not 0.0 <= eps < 1.0:
-        raise ValueError(f"orthogonalize: got eps={eps}, expected a relative margin of at least 0 and below 1, as 1e-7")
-    if method == "gram" and x.dtype not in GRAM_DTYPES:
+    check_iteration(iteration)
+    if iteration == "gram" and x.dtype not in GRAM_DTYPES:
         raise ValueError(
-            f"orthogonalize: got method='gram' with {x.dtype}, whose 8 bits let the Gram matrix drift (errors of 10 to "
-            "50 %, and divergence); expected float16 or wider: cast the input, or set method='standard'"
+            f"orthogonalize: got iteration='gram' with {x.dtype}, whose 8 bits let the Gram matrix drift (errors of "
+            "10 to 50 %, and divergence); expected float16 or wider: cast the input, or set iteration='standard'"
         )
 
 
@@ -200,8 +216,7 @@ def orthogonalize(
     x: Tensor,
     schedule: Schedule,
     *,
-    eps: float = 1e-7,
-    method: Method = "auto",
+    iteration: Iteration = "auto",
     scaling: Scaling = "frobenius",
 ) -> Tensor:
     """Returns U p(S) V^T for each matrix x = U S V^T, p the composed polynomial of the schedule.
@@ -221,9 +236,8 @@ def orthogonalize(
     Args:
         x: Matrices of shape (..., M, N) in float16, bfloat16, float32 or float64; any strides. Not mutated.
         schedule: Quintics from `coefficients`.
-        eps: Relative margin below a spectral norm of one.
-        method: ``standard``, ``gram`` (see `restart_segments`; not in bfloat16), or ``auto``: what `choose_method`
-            says.
+        iteration: ``standard``, ``gram`` (see `restart_segments`; not in bfloat16), or ``auto``: the result of
+            `choose_iteration`.
         scaling: ``frobenius``, or ``aol``, which the ``aol`` coefficients need (`scaling_for`).
 
     Returns:
@@ -233,7 +247,7 @@ def orthogonalize(
         ValueError: If the shape, data type or an argument is not valid, the schedule does not orthogonalize under
             this scaling, or ``gram`` is asked for in bfloat16.
     """
-    _check_input(x, eps, method)
+    _check_input(x, iteration)
     check_schedule(schedule, scaling)
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -241,9 +255,9 @@ def orthogonalize(
     m, n = min(rows, columns), max(rows, columns)
     matrices = x if x.dim() == 2 else x.reshape(-1, rows, columns)
     one_by_one = x.dim() == 2 or (x.device.type == "cpu" and m * n >= _CPU_BATCH_NUMEL)
-    if method == "auto":
+    if iteration == "auto":
         batch = 1 if one_by_one else matrices.size(0)
-        method = choose_method(m, n, len(schedule), x.dtype, x.device.type, batch=batch)
+        iteration = choose_iteration(m, n, len(schedule), x.dtype, x.device.type, batch=batch)
     blocks = block_columns(m, symmetric_blocks(m, x.device.type) if one_by_one else 1)
 
     shape = matrices.shape[-2:] if one_by_one else matrices.shape
@@ -252,13 +266,17 @@ def orthogonalize(
     gram, polynomial = (torch.empty(small, dtype=x.dtype, device=x.device) for _ in range(2))
 
     def run(matrix: Tensor) -> Tensor:
-        normalize(matrix, eps=eps, out=first)
+        normalize(matrix, out=first)
         # A tall matrix is iterated on as a view of its transpose, so that the Gram matrix is the smaller one.
         wide = (first, second) if rows <= columns else (first.mT, second.mT)
         work = _Workspace(*wide, gram, polynomial, blocks)
         if scaling == "aol":
-            _scale_aol(work)
-        iterate = _iterate_gram if method == "gram" else _iterate_standard
+            _symmetric_multiply(work.y, work.y.mT, work.gram, work.blocks)
+            scale = row_scales(work.gram)
+            work.y.mul_(scale)
+            # One factor after the other: their outer product would be another (m, m) temporary.
+            work.gram.mul_(scale).mul_(scale.mT)
+        iterate = _iterate_gram if iteration == "gram" else _iterate_standard
         iterate(work, schedule, gram_is_ready=scaling == "aol")
         return work.y if rows <= columns else work.y.mT
 

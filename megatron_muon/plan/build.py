@@ -17,7 +17,7 @@ import torch
 from megatron_muon.config import TORCH_DTYPES, Balance, MuonConfig
 from megatron_muon.matrices.shares import is_single, max_shares, share_positions, shares
 from megatron_muon.matrices.spec import MatrixSpec
-from megatron_muon.newton_schulz import Method as NewtonSchulzMethod
+from megatron_muon.newton_schulz import Iteration
 from megatron_muon.plan.assign import Job, Owners, assign, loads_of
 from megatron_muon.plan.cost_model import CostModel, alone_flops, band_cost, share_costs
 from megatron_muon.plan.ownership import Item, Method, OwnershipPlan, Segment, ShardedMatrix, Slice, Team
@@ -64,7 +64,7 @@ class PlanOptions:
     buffer_bytes: int = 2**30
     node_of: tuple[int, ...] | None = None
     cost: CostModel = field(default_factory=CostModel)
-    ns_method: NewtonSchulzMethod = "auto"
+    ns_method: Iteration = "auto"
     balance: Balance = "time"
 
     @property

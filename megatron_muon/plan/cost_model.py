@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from megatron_muon.newton_schulz import Method, newton_schulz_flops
+from megatron_muon.newton_schulz import Iteration, newton_schulz_flops
 from megatron_muon.plan.links_file import MeasuredLinks
 from megatron_muon.plan.machines import REACHED
 from megatron_muon.plan.seats import Seat
@@ -95,10 +95,10 @@ class CostModel:
 
 
 def alone_flops(
-    count: int, rows: int, cols: int, steps: int, dtype: torch.dtype, device_type: str, method: Method = "auto"
+    count: int, rows: int, cols: int, steps: int, dtype: torch.dtype, device_type: str, iteration: Iteration = "auto"
 ) -> int:
     """Floating-point operations of `count` logical matrices on one rank."""
-    return count * newton_schulz_flops(rows, cols, steps, method, dtype=dtype, device_type=device_type)
+    return count * newton_schulz_flops(rows, cols, steps, iteration, dtype=dtype, device_type=device_type)
 
 
 def band_flops(short: int, band: int, own_area: int, steps: int, *, divided: bool) -> int:
@@ -205,7 +205,7 @@ def share_costs(
     steps: int,
     dtype: torch.dtype,
     cost: CostModel,
-    method: Method = "auto",
+    iteration: Iteration = "auto",
 ) -> ShareCosts:
     """The costs of a part, for up to `most` owners.
 
@@ -216,12 +216,12 @@ def share_costs(
         steps: Number of iterations.
         dtype: Their data type.
         cost: Rates of the cluster.
-        method: Iteration of a matrix that one rank does; a team's is the standard one.
+        iteration: Iteration of a matrix that one rank does; a team's is the standard one.
     """
     count, rows, cols = logical_shape
 
     def whole(matrices: int) -> int:
-        return alone_flops(matrices, rows, cols, steps, dtype, cost.device_type, method)
+        return alone_flops(matrices, rows, cols, steps, dtype, cost.device_type, iteration)
 
     alone = whole(count)
     in_node = min(node_size, most)

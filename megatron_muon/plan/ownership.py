@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from megatron_muon.matrices.shares import Share, is_single, max_shares, share_positions, share_shape, shares
 from megatron_muon.matrices.spec import MatrixSpec
-from megatron_muon.newton_schulz import Method as NewtonSchulzMethod
+from megatron_muon.newton_schulz import Iteration
 from megatron_muon.plan.cost_model import CostModel, alone_flops, band_flops, band_sent_bytes, band_stages, own_area
 from megatron_muon.plan.seats import Seat
 
@@ -140,7 +140,7 @@ class OwnershipPlan:
     ns_steps: int
     ns_dtype: torch.dtype = torch.bfloat16
     cost: CostModel = field(default_factory=CostModel)
-    ns_method: NewtonSchulzMethod = "auto"
+    ns_method: Iteration = "auto"
     loads: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:

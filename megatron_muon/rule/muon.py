@@ -72,7 +72,7 @@ def in_ns_dtype(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 @lru_cache(maxsize=8)
 def _backend(name: str, device_type: str) -> Callable[..., Tensor]:
     """`orthogonalize` of another package's back end, which keeps closures from call to call."""
-    return load_backend(name, device_type).orthogonalize
+    return load_backend(name, device_type)
 
 
 def orthogonalized_updates(stacks: Sequence[Tensor], config: MuonConfig) -> None:
@@ -93,7 +93,7 @@ def orthogonalized_updates(stacks: Sequence[Tensor], config: MuonConfig) -> None
         for some in torch.split(stack, size) if stack.dim() > 2 else [stack]:
             # A single matrix is passed as one, since a batch of one may run another kernel.
             matrices = some[0] if some.dim() > 2 and len(some) == 1 else some
-            update = run(in_ns_dtype(matrices, dtype), schedule, method=config.ns_method, scaling=scaling)
+            update = run(in_ns_dtype(matrices, dtype), schedule, iteration=config.ns_method, scaling=scaling)
             if update.dtype == matrices.dtype:
                 # The factor is a number and not a tensor, so that it is not rounded to bf16 before it is applied.
                 torch.mul(update, factor, out=matrices)

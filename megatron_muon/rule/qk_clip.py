@@ -46,7 +46,7 @@ class HeadRows:
 
 
 @dataclass(frozen=True)
-class Scaling:
+class RowFactor:
     """Rows [start, stop) of a weight are multiplied by `factor`."""
 
     start: int
@@ -85,10 +85,10 @@ class ClipRule:
         """
         return [self.threshold / x if math.isfinite(x) and x > self.threshold else 1.0 for x in largest]
 
-    def scalings(self, rows: Iterable[HeadRows], gammas: Sequence[float]) -> list[Scaling]:
+    def row_factors(self, rows: Iterable[HeadRows], gammas: Sequence[float]) -> list[RowFactor]:
         """What `rows` of a weight are multiplied by; rows that stay as they are are left out."""
-        out = [Scaling(r.start, r.stop, self._factor(r, gammas)) for r in rows]
-        return [scaling for scaling in out if scaling.factor != 1.0]
+        out = [RowFactor(r.start, r.stop, self._factor(r, gammas)) for r in rows]
+        return [row_factor for row_factor in out if row_factor.factor != 1.0]
 
     def _factor(self, rows: HeadRows, gammas: Sequence[float]) -> float:
         if rows.role == "rotary_query":
@@ -136,18 +136,18 @@ def mla_key_rows(num_heads: int, width: int, value_width: int) -> tuple[HeadRows
 
 
 @torch.no_grad()
-def scale_rows(values: Tensor, first: int, cols: int, scalings: Iterable[Scaling]) -> None:
+def scale_rows(values: Tensor, first: int, cols: int, row_factors: Iterable[RowFactor]) -> None:
     """Multiplies the rows of a weight that lie in a slice of it.
 
     Args:
         values: 1-D: consecutive elements of the weight, flattened. They may begin and end within a row. Mutated.
         first: Where in the weight the first of them is.
         cols: Columns of the weight; 1 for a bias.
-        scalings: What to do, in rows of the weight.
+        row_factors: What to do, in rows of the weight.
     """
-    for scaling in scalings:
+    for row_factor in row_factors:
         # A row range is one flat range, wherever slices cut it.
-        start = max(scaling.start * cols - first, 0)
-        stop = min(scaling.stop * cols - first, values.numel())
+        start = max(row_factor.start * cols - first, 0)
+        stop = min(row_factor.stop * cols - first, values.numel())
         if start < stop:
-            values[start:stop].mul_(scaling.factor)
+            values[start:stop].mul_(row_factor.factor)

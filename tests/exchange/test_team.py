@@ -106,7 +106,7 @@ def by_team(
 )
 def test_members_together_equal_one_rank(shape: tuple[int, int], size: int, groups: int, divided: bool) -> None:
     x = normal(f"team {shape}", shape)
-    expected = orthogonalize(x, SCHEDULE, method="standard")
+    expected = orthogonalize(x, SCHEDULE, iteration="standard")
     got = by_team(x, size, groups=groups, divided=divided)
     assert (got - expected).abs().max() <= tolerance(*shape)
     assert torch.equal(got, by_team(x, size, groups=groups, divided=divided)), "the same bits in every run"
@@ -117,7 +117,7 @@ def test_the_scale_of_the_input_does_not_matter(scale: float) -> None:
     x = normal("scales", (6, 20))
     # Members with very different entries: each scales by its own power of two before it squares.
     x[:, :5] *= 1e-12
-    expected = orthogonalize(x * scale, SCHEDULE, method="standard")
+    expected = orthogonalize(x * scale, SCHEDULE, iteration="standard")
     got = by_team(x * scale, 4)
     assert got.isfinite().all() and (got - expected).abs().max() <= tolerance(6, 20)
     if scale:
@@ -156,7 +156,7 @@ def test_half_precision(dtype: torch.dtype, scale: float) -> None:
     """
     x = normal("half", (8, 64))
     exact = orthogonalize(x.double(), SCHEDULE)
-    alone = (orthogonalize(x.to(dtype), SCHEDULE, method="standard").double() - exact).norm()
+    alone = (orthogonalize(x.to(dtype), SCHEDULE, iteration="standard").double() - exact).norm()
     together = (by_team(x * scale, 4, dtype=dtype).double() - exact).norm()
     assert together <= 3 * alone
 
@@ -192,7 +192,7 @@ def test_blocks_of_symmetric_matrices_are_of_equal_area() -> None:
 
 def test_a_lost_partial_product_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     x = normal("lost", (12, 48))
-    expected = orthogonalize(x, SCHEDULE, method="standard")
+    expected = orthogonalize(x, SCHEDULE, iteration="standard")
     everything = team_module._sum
     monkeypatch.setattr(team_module, "_sum", lambda blocks: everything(blocks[:-1]))
     assert (by_team(x, 4) - expected).abs().max() > 100 * tolerance(12, 48)

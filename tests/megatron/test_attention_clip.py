@@ -104,7 +104,7 @@ def clipped(layer: Layer, weights: dict[str, Tensor], rule: ClipRule, cuts: list
         flat = out[name].view(-1)
         ends = [min(cut, flat.numel()) for cut in (0, *cuts, flat.numel())]
         for start, stop in itertools.pairwise(ends):
-            scale_rows(flat[start:stop], start, flat.numel() // len(out[name]), rule.scalings(rows, gammas))
+            scale_rows(flat[start:stop], start, flat.numel() // len(out[name]), rule.row_factors(rows, gammas))
     return out
 
 
@@ -142,19 +142,19 @@ def test_factors_are_the_papers() -> None:
     """Kimi K2's: q^C and k^C by sqrt(gamma), q^R by gamma; without MLA the exponents alpha and 1 - alpha."""
     gammas = [1.0, 0.25]
     rule = ClipRule(100.0, 0.5)
-    factors = [(s.start, s.stop, s.factor) for s in rule.scalings(mla_query_rows(2, 3, 2), gammas)]
+    factors = [(s.start, s.stop, s.factor) for s in rule.row_factors(mla_query_rows(2, 3, 2), gammas)]
     assert factors == [(5, 8, 0.5), (8, 10, 0.25)]
-    assert [(s.start, s.stop, s.factor) for s in rule.scalings(mla_key_rows(2, 3, 4), gammas)] == [(7, 10, 0.5)]
+    assert [(s.start, s.stop, s.factor) for s in rule.row_factors(mla_key_rows(2, 3, 4), gammas)] == [(7, 10, 0.5)]
     rows = grouped_rows(2, 2, 3)
     uneven = ClipRule(100.0, 0.25)
-    assert [(s.start, s.stop, s.factor) for s in uneven.scalings(rows, gammas)] == [
+    assert [(s.start, s.stop, s.factor) for s in uneven.row_factors(rows, gammas)] == [
         (9, 12, pytest.approx(0.25**0.25)),
         (12, 15, pytest.approx(0.25**0.75)),
     ]
     # A shared key takes what both of its heads need, the query of the larger logits the rest; nothing grows.
     both = [0.25, 0.0625]
-    assert [s.factor for s in rule.scalings(grouped_rows(2, 1, 3), both)] == [0.5, 0.125, 0.5]
-    assert [s.factor for s in rule.scalings(grouped_rows(2, 1, 3), gammas)] == [0.25]
+    assert [s.factor for s in rule.row_factors(grouped_rows(2, 1, 3), both)] == [0.5, 0.125, 0.5]
+    assert [s.factor for s in rule.row_factors(grouped_rows(2, 1, 3), gammas)] == [0.25]
 
 
 def test_gammas() -> None:

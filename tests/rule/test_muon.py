@@ -318,8 +318,8 @@ def test_the_chosen_back_end_and_method_do_the_work(monkeypatch: pytest.MonkeyPa
     calls: list[tuple[str, str]] = []
 
     def backend(name: str, device_type: str) -> Any:
-        def run(x: Tensor, schedule: Any, *, method: str, scaling: str) -> Tensor:
-            calls.append((name, method))
+        def run(x: Tensor, schedule: Any, *, iteration: str, scaling: str) -> Tensor:
+            calls.append((name, iteration))
             return torch.full_like(x, 2.0)
 
         return run
@@ -338,7 +338,7 @@ def test_the_method_is_the_chosen_one(method: Any) -> None:
     x = normal(3, 8, 32)
     update = x.clone()
     orthogonalized_updates([update], config)
-    expected = orthogonalize(x, coefficients("keller", 5), method=method) * math.sqrt(8 / 32)
+    expected = orthogonalize(x, coefficients("keller", 5), iteration=method) * math.sqrt(8 / 32)
     assert same_bits(update, expected)
-    other = orthogonalize(x, coefficients("keller", 5), method="gram" if method == "standard" else "standard") * 0.5
+    other = orthogonalize(x, coefficients("keller", 5), iteration="gram" if method == "standard" else "standard") * 0.5
     assert not torch.equal(update, other)

@@ -24,7 +24,7 @@ from megatron_muon.megatron.model.routing import unwrapped
 from megatron_muon.rule.qk_clip import (
     ClipRule,
     HeadRows,
-    Scaling,
+    RowFactor,
     grouped_rows,
     mla_key_rows,
     mla_query_rows,
@@ -102,7 +102,7 @@ class QKClip:
         # Data-parallel ranks have clipped the same heads: one of them reports.
         self._reports = dp_cp_group.rank() == 0
         self._attentions = [self._attention(name, module) for name, module in found]
-        self._scalings: dict[nn.Parameter, list[Scaling]] = {}
+        self._row_factors: dict[nn.Parameter, list[RowFactor]] = {}
         self._logged: dict[str, float] = {}
         self._counts = {"qk_clipped_heads": 0, "qk_nonfinite_heads": 0}
         self.largest = 0.0
@@ -141,7 +141,7 @@ class QKClip:
         """Forgets recorded logits and what was to be scaled."""
         for attention in self._attentions:
             setattr(attention.core, RECORD, None)
-        self._scalings = {}
+        self._row_factors = {}
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -217,14 +217,14 @@ class QKClip:
         gammas = attention.rule.gammas(values)
         self._counts["qk_clipped_heads"] += sum(gamma < 1 for gamma in gammas[self._own(attention)])
         for parameter, rows in attention.rows.items():
-            scalings = attention.rule.scalings(rows, gammas)
-            if scalings:
-                self._scalings[parameter] = scalings
+            row_factors = attention.rule.row_factors(rows, gammas)
+            if row_factors:
+                self._row_factors[parameter] = row_factors
 
     @torch.no_grad()
     def apply(self, optimizer: CheckpointedOptimizer) -> None:
         """Scales what an optimizer stores of the rows that `collect` chose. Issues no collective."""
-        for parameter, scalings in self._scalings.items():
+        for parameter, row_factors in self._row_factors.items():
             if parameter not in optimizer.model_param_gbuf_map:
                 continue
             group, order = optimizer.model_param_group_index_map[parameter]
@@ -232,7 +232,7 @@ class QKClip:
             first = optimizer._get_model_param_range_map(parameter)["param"].start
             if self._shares_groups:
                 first += self._tp_rank * parameter.numel()
-            scale_rows(main.view(-1), first, parameter.numel() // parameter.size(0), scalings)
+            scale_rows(main.view(-1), first, parameter.numel() // parameter.size(0), row_factors)
 
     def maxima(self) -> dict[str, float]:
         """The largest finite logit since the last call, of each attention module and of all; the ranks' maximum."""
