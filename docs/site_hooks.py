@@ -20,6 +20,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FLAGS_MARK = "<!-- flags -->"
+PRESETS_MARK = "<!-- presets -->"
 
 # Headings of the table, with the settings under each in order. What is missing here comes under "Others".
 FLAG_GROUPS = {
@@ -55,7 +56,7 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         # Written for the repository's root, shown at the site's.
         markdown = markdown.replace("](docs/", "](")
     if FLAGS_MARK in markdown:
-        markdown = markdown.replace(FLAGS_MARK, flag_tables())
+        markdown = markdown.replace(FLAGS_MARK, flag_tables()).replace(PRESETS_MARK, preset_table())
     return markdown
 
 
@@ -98,6 +99,24 @@ def _flag_row(setting: Any, hint: Any) -> str:
         if setting.default == "":
             cells[2] = "empty"
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def preset_table() -> str:
+    """What each preset sets, as flags."""
+    from megatron_muon.config import PRESETS
+
+    rows = ["| preset | sets |", "|---|---|"]
+    for name, settings in PRESETS.items():
+        flags = [f"`{_given(setting, value)}`" for setting, value in settings.items()]
+        rows.append(f"| `{name}` | {', '.join(flags) or 'nothing: these are the defaults below'} |")
+    return "\n".join(rows)
+
+
+def _given(setting: str, value: object) -> str:
+    name = setting.replace("_", "-")
+    if isinstance(value, bool):
+        return f"--muon-{name}" if value else f"--muon-no-{name}"
+    return f"--muon-{name} {value}"
 
 
 class _Fetches(HTMLParser):

@@ -17,7 +17,7 @@
 #   validation loss at iteration 20 on validation set | lm loss value: 3.251802E+00 | ...
 #
 # Losses depend on the processor, since products round differently, and on the versions of torch and Megatron.
-# Another processor gave 6.270065 at the first step and 3.539892 at the last. On one machine they are the same in every run.
+# Another processor gave 6.270065 at the first step and 3.539892 at the last.
 set -euo pipefail
 
 RANKS=${RANKS:-8}

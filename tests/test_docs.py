@@ -204,3 +204,16 @@ def test_layouts_has_the_computed_plans() -> None:
             f"{100 * upstream['padding']:.0f}",
             f"{100 * ours['sent_over_adamw_mean']:.1f} / {100 * ours['sent_over_adamw_max']:.1f}",
         ], name
+
+
+def test_a_plan_in_layouts_is_what_the_command_says(capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = (row for row in rows_of(DOCS / "layouts.md", "NS max/ideal") if row[0].startswith("Qwen3 8B, 128"))
+    assert cli.main(["plan", "qwen3-8b", "--dp", "128", "--json"]) == 0
+    (stage,) = json.loads(capsys.readouterr().out)["stages"]
+    ours, upstream = (stage["schemes"][name] for name in ("megatron_muon", "megatron_layer_wise"))
+    sent, adamw = ours["sent_bytes"], stage["adamw"]["sent_bytes"]
+    assert [row[1], row[3], row[6]] == [
+        f"{ours['flops']['max_over_ideal']:.2f}",
+        f"{upstream['flops']['max_over_ideal']:.2f}",
+        f"{100 * sent['mean'] / adamw:.1f} / {100 * sent['max'] / adamw:.1f}",
+    ]
