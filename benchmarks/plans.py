@@ -17,7 +17,7 @@ from typing import Any
 from megatron_muon.config import MuonConfig
 from megatron_muon.estimate.estimates import MOONLIGHT, OURS, SCHEMES, UPSTREAM
 from megatron_muon.estimate.models import BUILT_IN
-from megatron_muon.estimate.schemes import Settings
+from megatron_muon.estimate.schemes import PlanSettings
 from megatron_muon.estimate.table import plan_table
 
 RANKS = tuple(2**n for n in range(3, 13))
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     rows = plan_table(args.models, args.ranks)
     for row, level in zip(
-        rows, plan_table(args.models, args.ranks, Settings(muon=MuonConfig(balance="flops"))), strict=True
+        rows, plan_table(args.models, args.ranks, PlanSettings(muon=MuonConfig(balance="flops"))), strict=True
     ):
         row["flops_max_over_ideal"] = level[OURS]["max_over_ideal"]
     args.output.mkdir(parents=True, exist_ok=True)

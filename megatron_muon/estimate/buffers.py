@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from megatron_muon.estimate.stages import Grid
+from megatron_muon.estimate.stages import GroupShape
 from megatron_muon.matrices.spec import MatrixSpec
 from megatron_muon.plan.build import ShardedMatrix, Slice
 from megatron_muon.plan.shards import shard_ranges
@@ -131,7 +131,7 @@ def _buffer(optimizer: Any, numels: Sequence[int], dp: int, bucket_size: int | N
     return Buffer(numel, numel - sum(numels), tuple(shards))
 
 
-def sharded_matrices(specs: Sequence[MatrixSpec], buffer: Buffer, grid: Grid) -> list[ShardedMatrix]:
+def sharded_matrices(specs: Sequence[MatrixSpec], buffer: Buffer, grid: GroupShape) -> list[ShardedMatrix]:
     """The matrices with the slice that each rank of the grid stores, as the plugin gives them to `build_plan`."""
     return [
         ShardedMatrix(

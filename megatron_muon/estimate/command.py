@@ -96,7 +96,7 @@ def _plan(args: argparse.Namespace) -> ModelPlan:
     # torch and Megatron are imported only once a plan is asked for: other subcommands and --help start at once.
     from megatron_muon.config import MuonConfig
     from megatron_muon.estimate.estimates import plan_model
-    from megatron_muon.estimate.schemes import Settings
+    from megatron_muon.estimate.schemes import PlanSettings
     from megatron_muon.estimate.shapes import load_model
     from megatron_muon.estimate.stages import Layout
     from megatron_muon.plan.cost_model import CostModel
@@ -117,7 +117,7 @@ def _plan(args: argparse.Namespace) -> ModelPlan:
         instances=args.instances,
         layers_per_stage=_layers_per_stage(args.layers_per_stage),
     )
-    settings = Settings(
+    settings = PlanSettings(
         muon=muon,
         impl=args.transformer_impl,
         overlap_grad_reduce=not args.no_overlap_grad_reduce,

@@ -10,8 +10,8 @@ from megatron_muon.estimate.buffers import Buffer, default_bucket_size
 from megatron_muon.estimate.models import Layer, Model
 from megatron_muon.estimate.schemes import (
     PARAM_BYTES,
-    Load,
-    Settings,
+    GroupLoad,
+    PlanSettings,
     adamw_sent_bytes,
     all_gather,
     distributed_muon,
@@ -20,19 +20,19 @@ from megatron_muon.estimate.schemes import (
     matrix_flops,
     ownership_plan,
 )
-from megatron_muon.estimate.stages import Grid, Layout, check_experts, grids, split_layers, stage_specs
+from megatron_muon.estimate.stages import GroupShape, Layout, check_experts, grids, split_layers, stage_specs
 from megatron_muon.estimate.transfer_times import ring
 from megatron_muon.matrices.spec import MatrixSpec
 from megatron_muon.plan.build import OwnershipPlan, PlanOptions, fewest_idle, largest_matrix_flops
-from megatron_muon.plan.machines import Collective
+from megatron_muon.plan.machines import CollectiveBytes
 
 OURS, UPSTREAM, MOONLIGHT = "megatron_muon", "megatron_layer_wise", "moonlight_all_gather"
 SCHEMES = (OURS, UPSTREAM, MOONLIGHT)
 
-Kind = tuple[Sequence[MatrixSpec], Grid]
+Kind = tuple[Sequence[MatrixSpec], GroupShape]
 """Dense matrices, or the experts' of one expert-parallel rank, as a rank stores them; and the ranks that share them."""
 
-_KindPlans = tuple[Grid, tuple[OwnershipPlan, ...], Buffer]
+_KindPlans = tuple[GroupShape, tuple[OwnershipPlan, ...], Buffer]
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class SchemeEstimate:
     momentum_bytes: tuple[int, ...]
     buffer_bytes: int
     padding: tuple[float | None, float | None]
-    collectives: tuple[Collective, ...]
+    collectives: tuple[CollectiveBytes, ...]
 
     @property
     def flops_max(self) -> float:
@@ -89,7 +89,7 @@ class StageEstimate:
     param_numel: tuple[int, int]
     ideal_flops: float
     adamw_bytes: float
-    adamw_collectives: tuple[Collective, ...]
+    adamw_collectives: tuple[CollectiveBytes, ...]
     schemes: Mapping[str, SchemeEstimate | None]
 
     def imbalance(self, scheme: str) -> float | None:
@@ -112,7 +112,7 @@ class ModelPlan:
 
     model: Model
     layout: Layout
-    settings: Settings
+    settings: PlanSettings
     stages: tuple[StageEstimate, ...]
     notes: tuple[str, ...]
 
@@ -122,7 +122,7 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def plan_model(model: Model, layout: Layout, settings: Settings | None = None) -> ModelPlan:
+def plan_model(model: Model, layout: Layout, settings: PlanSettings | None = None) -> ModelPlan:
     """Estimates all stages; stages with equal layers and buckets are computed once.
 
     Args:
@@ -133,7 +133,7 @@ def plan_model(model: Model, layout: Layout, settings: Settings | None = None) -
     Raises:
         ValueError: If the model does not divide over the layout.
     """
-    settings = settings or Settings()
+    settings = settings or PlanSettings()
     check_experts(model, layout)
     stages = tuple(
         _estimate_stage(layers, tuple(indices), layout, settings, bucket_size)
@@ -143,7 +143,7 @@ def plan_model(model: Model, layout: Layout, settings: Settings | None = None) -
 
 
 def distinct_stages(
-    model: Model, layout: Layout, settings: Settings
+    model: Model, layout: Layout, settings: PlanSettings
 ) -> dict[tuple[tuple[Layer, ...], int | None], list[int]]:
     """Pipeline stages that are alike, in order: (layers, bucket size in elements or None) -> indices of the stages.
 
@@ -184,12 +184,12 @@ def _estimate_stage(
     layers: Sequence[Layer],
     stages: tuple[int, ...],
     layout: Layout,
-    settings: Settings,
+    settings: PlanSettings,
     bucket_size: int | None,
 ) -> StageEstimate:
     kinds = stage_kinds(layers, layout, settings)
 
-    def combined(estimate: Callable[[Sequence[MatrixSpec], Grid], Load]) -> SchemeEstimate:
+    def combined(estimate: Callable[[Sequence[MatrixSpec], GroupShape], GroupLoad]) -> SchemeEstimate:
         return _combine([(grid, [estimate(specs, grid)] * grid.ep) for specs, grid in kinds], settings)
 
     plans = stage_plans(kinds, settings, bucket_size)
@@ -224,7 +224,7 @@ def _estimate_stage(
     )
 
 
-def stage_kinds(layers: Sequence[Layer], layout: Layout, settings: Settings) -> list[Kind]:
+def stage_kinds(layers: Sequence[Layer], layout: Layout, settings: PlanSettings) -> list[Kind]:
     """The kinds of matrices that a stage has, dense before experts', each with the grid that shares them.
 
     Raises:
@@ -238,8 +238,8 @@ def stage_kinds(layers: Sequence[Layer], layout: Layout, settings: Settings) -> 
 
 
 def stage_plans(
-    kinds: Sequence[Kind], settings: Settings, bucket_size: int | None
-) -> list[tuple[Grid, Buffer, tuple[OwnershipPlan, ...]]]:
+    kinds: Sequence[Kind], settings: PlanSettings, bucket_size: int | None
+) -> list[tuple[GroupShape, Buffer, tuple[OwnershipPlan, ...]]]:
     """The plugin's ownership plans of a stage: first that of the kind with the larger matrices, see `fewest_idle`.
 
     Args:
@@ -274,7 +274,7 @@ def stage_plans(
 
 
 def _kind_plans(
-    kind: Kind, settings: Settings, bucket_size: int | None, before: Sequence[float] | None, max_team_size: int
+    kind: Kind, settings: PlanSettings, bucket_size: int | None, before: Sequence[float] | None, max_team_size: int
 ) -> _KindPlans:
     """A kind's grid, a plan for each expert-parallel rank and the buffer. `before`: load of each rank of the stage."""
     specs, grid = kind
@@ -291,7 +291,7 @@ def _kind_plans(
     return grid, tuple(plan for _, plan in chosen), chosen[0][0]
 
 
-def _loads_by_stage_rank(grid: Grid, plans: Sequence[OwnershipPlan], _: Buffer) -> list[float]:
+def _loads_by_stage_rank(grid: GroupShape, plans: Sequence[OwnershipPlan], _: Buffer) -> list[float]:
     out = [0.0] * (grid.size * grid.ep)
     for ep_rank, plan in enumerate(plans):
         for rank, load in enumerate(plan.loads):
@@ -299,9 +299,9 @@ def _loads_by_stage_rank(grid: Grid, plans: Sequence[OwnershipPlan], _: Buffer) 
     return out
 
 
-def _loads(buffer: Buffer, plans: Sequence[OwnershipPlan], grid: Grid, settings: Settings) -> list[Load]:
+def _loads(buffer: Buffer, plans: Sequence[OwnershipPlan], grid: GroupShape, settings: PlanSettings) -> list[GroupLoad]:
     """A load for each plan; equal plans are looked at once."""
-    made: dict[tuple[Any, ...], Load] = {}
+    made: dict[tuple[Any, ...], GroupLoad] = {}
     out = []
     for ep_rank, plan in enumerate(plans):
         key = (id(plan), grid.stage_rank(0, ep_rank) // settings.gpus_per_node)
@@ -312,11 +312,11 @@ def _loads(buffer: Buffer, plans: Sequence[OwnershipPlan], grid: Grid, settings:
 
 
 def _combine(
-    loads: Sequence[tuple[Grid, Sequence[Load]]], settings: Settings, busiest: float | None = None
+    loads: Sequence[tuple[GroupShape, Sequence[GroupLoad]]], settings: PlanSettings, busiest: float | None = None
 ) -> SchemeEstimate:
     """Adds dense and expert loads up, by rank of the stage. A grid has a load for each expert-parallel rank."""
 
-    def total(values: Callable[[Load], Sequence[Any]]) -> tuple[Any, ...]:
+    def total(values: Callable[[GroupLoad], Sequence[Any]]) -> tuple[Any, ...]:
         out = [0] * (loads[0][0].size * loads[0][0].ep)
         for grid, of_grid in loads:
             for ep_rank, load in enumerate(of_grid):
@@ -342,5 +342,5 @@ def _combine(
     )
 
 
-def _moved(load: Load) -> float:
+def _moved(load: GroupLoad) -> float:
     return sum(c.nvlink_bytes + c.network_bytes for c in load.collectives)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_muon.estimate.models import Layer, MatrixShape, Model
-from megatron_muon.matrices.fused import WHOLE, FusedQkv, GatedMlp, Kind, LatentDown, LatentOutput, LatentUp
+from megatron_muon.matrices.fused import WHOLE, FusedQkv, GatedMlp, LatentDown, LatentOutput, LatentUp, WeightKind
 
 
 class _Config:
@@ -93,7 +93,7 @@ def _latent_attention(config: _Config) -> tuple[Layer, int]:
     value, kv_rank, q_rank = config.size("v_head_dim"), config.size("kv_lora_rank"), config.count("q_lora_rank")
     query, key_value = LatentUp((("q_nope", nope), ("q_rope", rope))), LatentUp((("k_nope", nope), ("v", value)))
 
-    def down(name: str, rows: int, kind: Kind = WHOLE) -> MatrixShape:
+    def down(name: str, rows: int, kind: WeightKind = WHOLE) -> MatrixShape:
         return MatrixShape(f"self_attention.{name}", rows, hidden, 0, kind=kind, whole_in_te=True)
 
     def by_heads(name: str, kind: LatentUp, cols: int) -> MatrixShape:

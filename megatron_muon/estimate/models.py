@@ -8,7 +8,7 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
-from megatron_muon.matrices.fused import WHOLE, Kind
+from megatron_muon.matrices.fused import WHOLE, WeightKind
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class MatrixShape:
     tp_dim: int | None
     unit: int = 1
     unit_name: str = "rows"
-    kind: Kind = WHOLE
+    kind: WeightKind = WHOLE
     router: bool = False
     whole_in_te: bool = False
     experts: int = 0

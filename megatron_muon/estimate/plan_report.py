@@ -18,7 +18,7 @@ from megatron_muon.estimate.estimates import (
     StageEstimate,
     mean,
 )
-from megatron_muon.plan.machines import COMPUTE_EFFICIENCY, GPUS_PER_NODE, LINK_EFFICIENCY, MACHINES
+from megatron_muon.plan.machines import COMPUTE_EFFICIENCY, GPU_MODELS, GPUS_PER_NODE, LINK_EFFICIENCY
 
 JSON_VERSION = 1
 TITLES = {OURS: "Distributed Muon", UPSTREAM: "Megatron layer-wise", MOONLIGHT: "Moonlight all-gather"}
@@ -52,7 +52,7 @@ def print_plan(plan: ModelPlan, console: Console) -> None:
 
 def stage_table(plan: ModelPlan, stage: StageEstimate) -> Table:
     """The table of one distinct stage: a line for each measure, a column for each scheme."""
-    adamw = ", ".join(f"{m.name} {_ms(m.exchange_ms(stage.adamw_collectives))}" for m in MACHINES)
+    adamw = ", ".join(f"{m.name} {_ms(m.exchange_ms(stage.adamw_collectives))}" for m in GPU_MODELS)
     table = Table(
         title=_stage_title(plan, stage),
         title_justify="left",
@@ -66,7 +66,7 @@ def stage_table(plan: ModelPlan, stage: StageEstimate) -> Table:
     for label, cells in _lines(stage):
         table.add_row(label, *cells)
     table.add_section()
-    for machine in MACHINES:
+    for machine in GPU_MODELS:
         cells = [
             _NONE
             if e is None
@@ -114,7 +114,7 @@ def _lines(stage: StageEstimate) -> list[tuple[str, list[str]]]:
 
 def _legend(plan: ModelPlan) -> str:
     settings = plan.settings
-    sources = "; ".join(f"{m.name}: {m.source}" for m in MACHINES)
+    sources = "; ".join(f"{m.name}: {m.source}" for m in GPU_MODELS)
     return (
         f"NS: Newton-Schulz, {settings.muon.ns_steps} steps, as the planner counts its FLOPs; ideal: every logical "
         "matrix once, level over the stage's ranks. Megatron layer-wise: its own layout, --muon-tp-mode duplicated. "
@@ -168,7 +168,7 @@ def plan_to_json(plan: ModelPlan) -> dict[str, Any]:
                     "bf16_flops_per_s": m.bf16_flops_per_s,
                     "source": m.source,
                 }
-                for m in MACHINES
+                for m in GPU_MODELS
             },
         },
         "notes": list(plan.notes),
@@ -186,7 +186,7 @@ def _stage_to_json(plan: ModelPlan, stage: StageEstimate) -> dict[str, Any]:
         "ideal_flops": stage.ideal_flops,
         "adamw": {
             "sent_bytes": stage.adamw_bytes,
-            "predicted_ms": {m.name: m.exchange_ms(stage.adamw_collectives) for m in MACHINES},
+            "predicted_ms": {m.name: m.exchange_ms(stage.adamw_collectives) for m in GPU_MODELS},
         },
         "schemes": {name: None if e is None else _scheme_to_json(stage, e) for name, e in stage.schemes.items()},
     }
@@ -210,7 +210,7 @@ def _scheme_to_json(stage: StageEstimate, estimate: SchemeEstimate) -> dict[str,
                 "exchange": m.exchange_ms(estimate.collectives),
                 "newton_schulz": m.newton_schulz_ms(estimate.flops_max),
             }
-            for m in MACHINES
+            for m in GPU_MODELS
         },
     }
 

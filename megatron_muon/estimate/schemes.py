@@ -7,19 +7,19 @@ from dataclasses import dataclass, field, replace
 
 from megatron_muon.config import TORCH_DTYPES, MuonConfig
 from megatron_muon.estimate.buffers import Buffer, distributed_buffer, layer_wise_buffer, sharded_matrices
-from megatron_muon.estimate.stages import Grid, TransformerImpl
+from megatron_muon.estimate.stages import GroupShape, TransformerImpl
 from megatron_muon.estimate.transfer_times import all_to_all, ring
 from megatron_muon.matrices.spec import MatrixSpec
 from megatron_muon.newton_schulz import newton_schulz_flops
 from megatron_muon.plan.build import CostModel, OwnershipPlan, PlanOptions, build_plan
-from megatron_muon.plan.machines import GPUS_PER_NODE, Collective
+from megatron_muon.plan.machines import GPUS_PER_NODE, CollectiveBytes
 
 MOMENTUM_BYTES = 4
 PARAM_BYTES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class PlanSettings:
     """What else a plan depends on.
 
     Attributes:
@@ -58,7 +58,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Load:
+class GroupLoad:
     """What one scheme asks of the ranks of a grid in a step.
 
     Attributes:
@@ -75,7 +75,7 @@ class Load:
     team_bytes: tuple[float, ...]
     momentum_bytes: tuple[int, ...]
     buffer: Buffer
-    collectives: tuple[Collective, ...]
+    collectives: tuple[CollectiveBytes, ...]
 
 
 def matrix_flops(spec: MatrixSpec, muon: MuonConfig) -> int:
@@ -88,20 +88,20 @@ def matrix_flops(spec: MatrixSpec, muon: MuonConfig) -> int:
     )
 
 
-def group_stride(grid: Grid) -> int:
+def group_stride(grid: GroupShape) -> int:
     """Distance in global rank between neighbours of a grid's data-parallel group."""
     return grid.tp * grid.ep
 
 
-def adamw_sent_bytes(numel: int, grid: Grid, settings: Settings) -> float:
+def adamw_sent_bytes(numel: int, grid: GroupShape, settings: PlanSettings) -> float:
     """Bytes that a rank sends in the reduce-scatter and all-gather of `numel` parameters."""
     return settings.adamw_bytes * numel * (grid.dp - 1) / grid.dp
 
 
 def ownership_plan(
     specs: Sequence[MatrixSpec],
-    grid: Grid,
-    settings: Settings,
+    grid: GroupShape,
+    settings: PlanSettings,
     bucket_size: int | None,
     initial_loads: Sequence[float] | None = None,
     ep_rank: int = 0,
@@ -130,7 +130,9 @@ def ownership_plan(
     return buffer, plan
 
 
-def distributed_muon(buffer: Buffer, plan: OwnershipPlan, grid: Grid, settings: Settings, ep_rank: int = 0) -> Load:
+def distributed_muon(
+    buffer: Buffer, plan: OwnershipPlan, grid: GroupShape, settings: PlanSettings, ep_rank: int = 0
+) -> GroupLoad:
     """This project: sharded momentum, an owner or a team per matrix in the whole grid, all-to-all there and back.
 
     Args:
@@ -150,8 +152,8 @@ def distributed_muon(buffer: Buffer, plan: OwnershipPlan, grid: Grid, settings: 
             collectives.append(all_to_all(moved, element_size, places))
     nodes = [place // settings.gpus_per_node for place in places]
     near, far = plan.team_sent_bytes(nodes)
-    collectives.append(Collective(float(max(near)), float(max(far))))
-    return Load(
+    collectives.append(CollectiveBytes(float(max(near)), float(max(far))))
+    return GroupLoad(
         tuple(map(float, plan.rank_flops)),
         tuple(n * element_size + padding for n in plan.sent_numel()),
         tuple(float(a + b) for a, b in zip(near, far, strict=True)),
@@ -163,11 +165,11 @@ def distributed_muon(buffer: Buffer, plan: OwnershipPlan, grid: Grid, settings: 
 
 def layer_wise(
     specs: Sequence[MatrixSpec],
-    grid: Grid,
-    settings: Settings,
+    grid: GroupShape,
+    settings: PlanSettings,
     bucket_size: int | None,
     flops: Sequence[float] | None = None,
-) -> Load:
+) -> GroupLoad:
     """Megatron-Core's LayerWiseDistributedOptimizer with `--muon-tp-mode duplicated`, the mode that is exact Muon.
 
     Whole matrices on one data-parallel rank, chosen by size within a bucket; its tensor-parallel ranks each gather the
@@ -191,7 +193,7 @@ def layer_wise(
         momentum[owner] += spec.local_numel * MOMENTUM_BYTES
         gathered[owner] += _tp_gather_numel(spec) * 4
     padding = adamw_sent_bytes(buffer.padding_numel, grid, settings)
-    return Load(
+    return GroupLoad(
         _over_tp(load, grid),
         tuple(n + padding for n in _over_tp(gathered, grid)),
         (0.0,) * grid.size,
@@ -201,7 +203,9 @@ def layer_wise(
     )
 
 
-def all_gather(specs: Sequence[MatrixSpec], grid: Grid, settings: Settings, bucket_size: int | None) -> Load:
+def all_gather(
+    specs: Sequence[MatrixSpec], grid: GroupShape, settings: PlanSettings, bucket_size: int | None
+) -> GroupLoad:
     """Moonlight's scheme: every rank all-gathers the bf16 directions, and orthogonalizes what it stores a slice of.
 
     Source: arXiv 2502.16982, algorithm 1, and its Megatron-LM implementation: the buffers' all-gather over the
@@ -221,7 +225,7 @@ def all_gather(specs: Sequence[MatrixSpec], grid: Grid, settings: Settings, buck
             load[holder] += cost
             gathered[holder] += _tp_gather_numel(spec) * 2
     over_dp = 2 * buffer.numel * (grid.dp - 1) / grid.dp + adamw_sent_bytes(buffer.padding_numel, grid, settings)
-    return Load(
+    return GroupLoad(
         _over_tp(load, grid),
         tuple(n + over_dp for n in _over_tp(gathered, grid)),
         (0.0,) * grid.size,
@@ -236,12 +240,12 @@ def _tp_gather_numel(spec: MatrixSpec) -> int:
     return spec.local_numel * (spec.num_pieces - 1)
 
 
-def _over_tp[T](by_dp_rank: Sequence[T], grid: Grid) -> tuple[T, ...]:
+def _over_tp[T](by_dp_rank: Sequence[T], grid: GroupShape) -> tuple[T, ...]:
     """The same for all tensor-parallel ranks of each data-parallel rank, in the grid's order."""
     return tuple(value for value in by_dp_rank for _ in range(grid.tp))
 
 
-def _sharded_momentum(buffer: Buffer, grid: Grid) -> tuple[int, ...]:
+def _sharded_momentum(buffer: Buffer, grid: GroupShape) -> tuple[int, ...]:
     stored = [0] * grid.dp
     for shards in buffer.shards:
         for dp_rank, start, stop in shards:

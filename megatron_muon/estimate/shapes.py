@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_muon.estimate.huggingface import model_from_config
 from megatron_muon.estimate.models import BUILT_IN, Layer, MatrixShape, Model
-from megatron_muon.matrices.fused import WHOLE, FusedQkv, GatedMlp, Kind
+from megatron_muon.matrices.fused import WHOLE, FusedQkv, GatedMlp, WeightKind
 
 _SPLITS: Mapping[str | None, int | None] = {"rows": 0, "columns": 1, "none": None, None: None}
 _MATRIX_KEYS = {"name", "shape", "split", "unit", "parts", "gated", "router", "experts"}
@@ -116,7 +116,7 @@ def _matrix(where: str, content: Any) -> MatrixShape:
     gated = _flag(where, content, "gated")
     if gated and pattern:
         raise ValueError(f"{where}: got parts and gated, expected one or the other")
-    kind: Kind = GatedMlp() if gated else WHOLE
+    kind: WeightKind = GatedMlp() if gated else WHOLE
     if pattern:
         # A head has as many rows as the smallest part, or divides all parts alike.
         kind = FusedQkv(pattern, math.gcd(*parts.values()))

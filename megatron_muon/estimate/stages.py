@@ -9,7 +9,7 @@ from typing import Literal, get_args
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.estimate.models import Layer, MatrixShape, Model
-from megatron_muon.matrices.fused import FusedQkv, matrix_spec
+from megatron_muon.matrices.fused import FusedQkv, spec_from_split
 from megatron_muon.matrices.spec import MatrixSpec
 
 TransformerImpl = Literal["transformer_engine", "local"]
@@ -94,7 +94,7 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Grid:
+class GroupShape:
     """The ranks that share one kind of matrices within an optimizer instance, tensor-parallel rank fastest.
 
     Attributes:
@@ -124,11 +124,11 @@ class Grid:
         return (dp_rank * self.ep + ep_rank) * self.tp + tp_rank
 
 
-def grids(layout: Layout) -> tuple[Grid, Grid]:
+def grids(layout: Layout) -> tuple[GroupShape, GroupShape]:
     """The dense and the expert grid of a stage, within one optimizer instance."""
     return (
-        Grid(False, layout.dp // layout.instances, layout.tp, 1),
-        Grid(True, layout.expert_dp // layout.instances, layout.expert_tp, layout.ep),
+        GroupShape(False, layout.dp // layout.instances, layout.tp, 1),
+        GroupShape(True, layout.expert_dp // layout.instances, layout.expert_tp, layout.ep),
     )
 
 
@@ -229,7 +229,7 @@ def _local_spec(name: str, shape: MatrixShape, tp: int, config: MuonConfig, impl
                 f"{' or a multiple' if isinstance(shape.kind, FusedQkv) else ''}"
             )
         rows, cols = (rows // tp, cols) if dim == 0 else (rows, cols // tp)
-    return matrix_spec(
+    return spec_from_split(
         name,
         (rows, cols),
         shape.kind.split(config),

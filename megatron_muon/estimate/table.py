@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_muon.estimate.estimates import MOONLIGHT, OURS, UPSTREAM, ModelPlan, StageEstimate, mean, plan_model
 from megatron_muon.estimate.models import BUILT_IN
-from megatron_muon.estimate.schemes import PARAM_BYTES, Settings
+from megatron_muon.estimate.schemes import PARAM_BYTES, PlanSettings
 from megatron_muon.estimate.shapes import load_model
 from megatron_muon.estimate.stages import Layout
 
@@ -49,7 +49,9 @@ def reference_layout(model: str, ranks: int) -> Layout | None:
 
 
 def plan_table(
-    models: Sequence[str] = tuple(BUILT_IN), ranks: Sequence[int] = (8, 64, 512, 4096), settings: Settings | None = None
+    models: Sequence[str] = tuple(BUILT_IN),
+    ranks: Sequence[int] = (8, 64, 512, 4096),
+    settings: PlanSettings | None = None,
 ) -> list[dict[str, Any]]:
     """Plans each model at each size that it fits.
 
@@ -100,7 +102,7 @@ def _worst(plan: ModelPlan, scheme: str) -> dict[str, float | None] | None:
     return worst
 
 
-def _measures(stage: StageEstimate, scheme: str, settings: Settings) -> dict[str, float | None] | None:
+def _measures(stage: StageEstimate, scheme: str, settings: PlanSettings) -> dict[str, float | None] | None:
     estimate = stage.schemes[scheme]
     if estimate is None:
         return None

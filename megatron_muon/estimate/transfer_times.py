@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_muon.plan.machines import GPUS_PER_NODE, Collective
+from megatron_muon.plan.machines import GPUS_PER_NODE, CollectiveBytes
 from megatron_muon.plan.ownership import Transfers
 
 
-def ring(sent_bytes: float, size: int, stride: int) -> Collective:
+def ring(sent_bytes: float, size: int, stride: int) -> CollectiveBytes:
     """A ring collective, such as an all-gather, over ranks that are `stride` apart.
 
     With k ranks of the group in a node, k rings leave it through k adapters, so that each rank's adapter carries 1/k.
@@ -22,12 +22,12 @@ def ring(sent_bytes: float, size: int, stride: int) -> Collective:
         stride: Distance of neighbouring ranks in global rank.
     """
     if size * stride <= GPUS_PER_NODE:
-        return Collective(sent_bytes, 0.0)
+        return CollectiveBytes(sent_bytes, 0.0)
     in_node = max(1, GPUS_PER_NODE // stride)
-    return Collective(sent_bytes * (in_node - 1) / in_node, sent_bytes / in_node)
+    return CollectiveBytes(sent_bytes * (in_node - 1) / in_node, sent_bytes / in_node)
 
 
-def all_to_all(moved: Transfers, element_size: int, places: Sequence[int]) -> Collective:
+def all_to_all(moved: Transfers, element_size: int, places: Sequence[int]) -> CollectiveBytes:
     """An all-to-all.
 
     Args:
@@ -47,4 +47,4 @@ def all_to_all(moved: Transfers, element_size: int, places: Sequence[int]) -> Co
         ]
         return float(max(total.max() for total in totals)) * element_size
 
-    return Collective(most(near), most(away & ~near))
+    return CollectiveBytes(most(near), most(away & ~near))

@@ -1,8 +1,18 @@
-"""How kinds of weights are made of logical matrices, in terms of the whole parameter, and the parts that follow.
+"""How kinds of weights are made of logical matrices.
 
-A `Split` says it for a parameter, whatever the tensor-parallel (TP) layout; `matrix_spec` turns it into the rows of the
-tensors that TP ranks store. The kinds below are those that Megatron-Core fuses; each gives its split under the settings
-of a run. `megatron/splits.py` says which parameter is of which kind.
+A `Split` describes a whole parameter, whatever the tensor-parallel (TP) layout. `spec_from_split` translates it into
+rows of the tensors that TP ranks store. The kinds below are those that Megatron-Core fuses; each gives its split under
+the settings of a run. `megatron/model/registry.py` decides which parameter is of which kind.
+
+An example: a fused QKV weight with two query groups, each of two query heads, a key head and a value head of 64 rows,
+has 512 rows. With `qkv_split="qkv"` it has three parts, each joined from its rows of both groups:
+
+    rows      0-127     128-191   192-255   256-383   384-447   448-511
+    group 0:  q q       k         v
+    group 1:                                q q       k         v
+    part q: rows 0-127 and 256-383; part k: 128-191 and 384-447; part v: 192-255 and 448-511
+
+On two TP ranks each stores one group; the joined matrix of each part is the same as on one rank.
 """
 
 from __future__ import annotations
@@ -79,7 +89,7 @@ class Split:
         return self
 
 
-class Kind(Protocol):
+class WeightKind(Protocol):
     """A kind of weights, with the sizes that decide on its splits."""
 
     def split(self, config: MuonConfig) -> Split:
@@ -198,7 +208,7 @@ class LatentOutput:
         return Split(((Section("", cut=Cut(1, self.channels)),),)) if config.mla_split == "head" else WHOLE
 
 
-def matrix_spec(
+def spec_from_split(
     name: str,
     shape: tuple[int, ...],
     split: Split,

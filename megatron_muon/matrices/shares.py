@@ -123,7 +123,7 @@ def split(extent: int, count: int, unit: int = 1) -> list[int]:
     return [*(units * i // count * unit for i in range(count)), extent]
 
 
-def shares(spec: MatrixSpec, part: int, count: int) -> tuple[Share, ...]:
+def divide_part(spec: MatrixSpec, part: int, count: int) -> tuple[Share, ...]:
     """Divides a part into `count` shares of nearly equal size, which together are all of it.
 
     Raises:

@@ -12,7 +12,7 @@ the ranks hold.
 from __future__ import annotations
 
 import heapq
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_muon.plan.cost_model import Kind, ShareCosts
+from megatron_muon.plan.cost_model import ShareCosts, TeamPlacement
 
 # Sharing changes the order of sums and costs messages: not for less than this part of the makespan.
 _LEAST_GAIN = 0.02
@@ -32,19 +32,19 @@ _FULL = np.iinfo(np.int64).max // 4
 
 
 class Owners(NamedTuple):
-    """The owners of a job, and where they are. Of kind "nodes", ranks of a node follow each other."""
+    """The owners of a job, and where they are. With placement "nodes" the ranks of each node follow each other."""
 
     ranks: tuple[int, ...]
-    kind: Kind = "across"
+    placement: TeamPlacement = "across"
 
 
 @dataclass(frozen=True)
 class Job:
-    """Something to be done by one rank or shared by several.
+    """Work for one rank, or for several that share it.
 
     Attributes:
-        name: Unique; breaks ties.
-        costs: For each owner, by how many there are and where; they say how many there may be.
+        name: Name of the job, unique; breaks ties.
+        costs: Cost for each owner, by the number of owners and their placement; the largest number is the limit.
         held: Rank -> elements of the job that it stores.
     """
 
@@ -63,10 +63,10 @@ def assign(jobs: Sequence[Job], initial: Sequence[int], nodes: Sequence[int]) ->
     Args:
         jobs: In any order.
         initial: Load that each rank has already, in the unit of the costs.
-        nodes: Node of each rank; all different if nothing is known.
+        nodes: Node of each rank; all different if the nodes are not known.
 
     Returns:
-        For each job, its owners; one unless sharing it shortens the whole by at least 2 %.
+        The owners of each job: one, unless sharing shortens the makespan by at least 2 %.
     """
     order = sorted(range(len(jobs)), key=lambda i: (-jobs[i].alone, jobs[i].name))
     ranked = [jobs[i] for i in order]
@@ -83,12 +83,12 @@ def assign(jobs: Sequence[Job], initial: Sequence[int], nodes: Sequence[int]) ->
 
 
 def _cost(job: Job, owners: Owners) -> int:
-    """What each of its owners pays for a job."""
-    return job.costs.of(owners.kind, len(owners.ranks))
+    """The cost of a job for each of its owners."""
+    return job.costs.of(owners.placement, len(owners.ranks))
 
 
 def loads_of(jobs: Sequence[Job], owners: Sequence[Owners], initial: Sequence[int]) -> list[int]:
-    """What each rank has to do: what it had already, and its part of each job it is an owner of."""
+    """The load of each rank: what it had already, and its part of each job that it owns."""
     load = list(initial)
     for job, chosen in zip(jobs, owners, strict=True):
         cost = _cost(job, chosen)
@@ -169,7 +169,7 @@ class _Ranks:
 
 
 def _place(jobs: list[Job], ranks: _Ranks, limit: int | None) -> list[Owners] | None:
-    """Owners of jobs in the order given, by load; None if a job fits under `limit` in no way. No limit: no sharing."""
+    """Owners of jobs, chosen in the given order by load; None if a job does not fit. Without a limit none is shared."""
     out = []
     for job in jobs:
         rank = ranks.least_loaded()
@@ -192,47 +192,62 @@ def _place(jobs: list[Job], ranks: _Ranks, limit: int | None) -> list[Owners] | 
 
 
 def _team(job: Job, ranks: _Ranks, limit: int) -> Owners | None:
-    """The cheapest of the smallest teams that have room for a job: of ranks anywhere, of a node, of whole nodes."""
-    costs, load = job.costs, np.sort(ranks.load)
-    by_node = ranks.by_node()
-    # From the size of a team to the least load that the fullest member would have before: the size-th lowest.
-    levels: dict[Kind, tuple[tuple[int, ...], NDArray[np.int64], int]] = {
-        "node": (costs.node, by_node.min(axis=0), 1),
-        "nodes": (costs.nodes, np.sort(by_node[:, -1])[1:], costs.node_size),
-        "across": (costs.across, load, 1),
+    """The cheapest team for a job under the limit, of the smallest ones of each placement; None if none fits."""
+    costs, by_node = job.costs, ranks.by_node()
+    sizes = {
+        "node": _smallest_size(costs.node, by_node.min(axis=0), limit),
+        "nodes": _smallest_size(costs.nodes, np.sort(by_node[:, -1])[1:], limit, first=2, unit=costs.node_size),
+        "across": _smallest_size(costs.across, np.sort(ranks.load), limit),
     }
-    found: list[tuple[int, int, Kind]] = []
-    for kind, (table, level, unit) in levels.items():
-        # With more members each has less to do, up to where talking costs more.
-        fits = np.flatnonzero(level[: len(table)] + np.array(table[: len(level)], dtype=np.int64) <= limit)
-        if len(fits):
-            index = int(fits[0])
-            size = (index + 2) * unit if kind == "nodes" else index + 1
-            found.append((size * table[index], size, kind))
-    if not found:
+    placements: tuple[TeamPlacement, ...] = ("node", "nodes", "across")
+    # All members together; of equal costs the first placement, in which ranks are nearest to each other.
+    totals = {p: size * costs.of(p, size) for p in placements if (size := sizes[p]) is not None}
+    if not totals:
         return None
-    _, size, kind = min(found, key=lambda entry: entry[0])
-    if kind == "across":
-        return Owners(ranks.pick(range(len(ranks.load)), size, job.held), kind)
-    if kind == "node":
+    placement = min(totals, key=lambda p: totals[p])
+    size = sizes[placement] or 0
+    if placement == "across":
+        members = ranks.pick(range(len(ranks.load)), size, job.held)
+    elif placement == "node":
         (node,) = ranks.pick_nodes(by_node[:, size - 1], 1, job.held)
-        return Owners(ranks.pick(node, size, job.held), kind)
-    chosen = ranks.pick_nodes(by_node[:, -1], size // costs.node_size, job.held)
-    return Owners(tuple(rank for members in sorted(chosen) for rank in members), kind)
+        members = ranks.pick(node, size, job.held)
+    else:
+        chosen = ranks.pick_nodes(by_node[:, -1], size // costs.node_size, job.held)
+        members = tuple(rank for node in sorted(chosen) for rank in node)
+    return Owners(members, placement)
+
+
+def _smallest_size(
+    costs: tuple[int, ...], level: NDArray[np.int64], limit: int, *, first: int = 1, unit: int = 1
+) -> int | None:
+    """The smallest team in which also the fullest member stays under the limit.
+
+    Args:
+        costs: Cost for each member, for teams of first, first + 1, ... times `unit` members.
+        level: Least load that the fullest member of such teams has before.
+        limit: The most load that a rank may have.
+        first: Units of the smallest team.
+        unit: Members that a team grows by.
+    """
+    count = min(len(costs), len(level))
+    fits = np.flatnonzero(level[:count] + np.array(costs[:count], dtype=np.int64) <= limit)
+    return (int(fits[0]) + first) * unit if len(fits) else None
 
 
 def _classes(jobs: Sequence[Job], owners: Sequence[Owners]) -> list[list[int]]:
-    """Jobs that cost the same and have as many owners, in the same kind of place."""
-    classes: dict[tuple[ShareCosts, int, Kind], list[int]] = defaultdict(list)
+    """Indices of jobs that are interchangeable: of equal cost, with equally many owners in the same placement."""
+    classes: dict[tuple[ShareCosts, int, TeamPlacement], list[int]] = defaultdict(list)
     for index, (job, chosen) in enumerate(zip(jobs, owners, strict=True)):
-        classes[job.costs, len(chosen.ranks), chosen.kind].append(index)
+        classes[job.costs, len(chosen.ranks), chosen.placement].append(index)
     return list(classes.values())
 
 
 def _grow_teams(jobs: list[Job], owners: list[Owners], initial: Sequence[int], nodes: Sequence[int]) -> None:
-    """Lets ranks that the limit left idle join teams, where all teams of a class then end earlier.
+    """Makes teams larger where idle ranks let all teams of a class finish earlier.
 
-    The makespan stays, and so do other jobs; what falls is the load of those that did not set it.
+    `_place` stops at the smallest team that fits under the limit, which may leave ranks without work. Each class of
+    equal jobs, those of the busiest ranks first, is placed again under a lower limit: a fraction of its own peak. The
+    makespan does not grow, and the owners of other jobs stay.
     """
     load = loads_of(jobs, owners, initial)
 
@@ -241,11 +256,12 @@ def _grow_teams(jobs: list[Job], owners: list[Owners], initial: Sequence[int], n
 
     teams = [members for members in _classes(jobs, owners) if len(owners[members[0]].ranks) > 1]
     for members in sorted(teams, key=lambda members: (-peak(members), members)):
+        without = list(load)
+        for index in members:
+            for rank in owners[index].ranks:
+                without[rank] -= _cost(jobs[index], owners[index])
         for fraction in _GROWTH:
-            ranks = _Ranks(load, nodes)
-            for index in members:
-                for rank in owners[index].ranks:
-                    ranks.add(rank, -_cost(jobs[index], owners[index]))
+            ranks = _Ranks(without, nodes)
             grown = _place([jobs[index] for index in members], ranks, int(fraction * peak(members)))
             if grown is not None:
                 for index, team in zip(members, grown, strict=True):
@@ -255,54 +271,56 @@ def _grow_teams(jobs: list[Job], owners: list[Owners], initial: Sequence[int], n
 
 
 def _exchange_equals(jobs: list[Job], owners: list[Owners], nodes: Sequence[int]) -> None:
-    """Gives jobs of equal cost to those among their owners that hold most of them. No rank's load changes."""
+    """Permutes the owners of interchangeable jobs, so that jobs lie where their data is. No rank's load changes.
+
+    First a job goes to owners that store some of it themselves, then to owners in a node where some of it is stored,
+    and the rest to the owners that are left.
+    """
     for members in _classes(jobs, owners):
-        slots: dict[Owners, int] = defaultdict(int)
-        for index in members:
-            slots[owners[index]] += 1
-        if len(slots) == 1:
+        free = Counter(owners[index] for index in members)
+        if len(free) == 1:
             continue
-        at_rank: dict[int, list[Owners]] = defaultdict(list)
-        at_node: dict[int, list[Owners]] = defaultdict(list)
-        for slot in sorted(slots):
-            for rank in slot.ranks:
-                at_rank[rank].append(slot)
-            for node in sorted({nodes[rank] for rank in slot.ranks}):
-                at_node[node].append(slot)
-        left = _match(members, slots, _wishes(jobs, members, at_rank, range(len(nodes))), owners)
-        left = _match(left, slots, _wishes(jobs, left, at_node, nodes), owners)
-        remaining = [slot for slot in sorted(slots) for _ in range(slots[slot])]
-        for index, slot in zip(left, remaining, strict=True):
-            owners[index] = slot
+        for place_of in (range(len(nodes)), nodes):
+            members = _give_to_holders(jobs, members, free, place_of, owners)
+        for index, chosen in zip(members, sorted(free.elements()), strict=True):
+            owners[index] = chosen
 
 
-def _wishes(
-    jobs: list[Job], members: list[int], places: Mapping[int, list[Owners]], place_of: Sequence[int]
-) -> list[tuple[int, int, Owners]]:
-    """(-elements held, job, slot) for every job and slot that meet at a place (a rank or a node), the most first."""
-    wishes: dict[tuple[int, Owners], int] = defaultdict(int)
+def _give_to_holders(
+    jobs: list[Job], members: list[int], free: Counter[Owners], place_of: Sequence[int], owners: list[Owners]
+) -> list[int]:
+    """Gives jobs to owners in places where their data is, largest amounts first.
+
+    Args:
+        jobs: All jobs.
+        members: Indices of the jobs that may be given.
+        free: How many of these each owner (or team) can still take; reduced.
+        place_of: Place of each rank: the rank itself, or its node.
+        owners: Owners of all jobs; written.
+
+    Returns:
+        The members that are still without owners.
+    """
+    at: dict[int, list[Owners]] = defaultdict(list)
+    for candidate in sorted(free):
+        for place in {place_of[rank] for rank in candidate.ranks}:
+            at[place].append(candidate)
+    near: dict[tuple[int, Owners], int] = defaultdict(int)
     for index in members:
         for rank, numel in jobs[index].held.items():
-            for slot in places.get(place_of[rank], ()):
-                wishes[index, slot] += numel
-    return sorted((-numel, index, slot) for (index, slot), numel in wishes.items())
-
-
-def _match(
-    members: list[int], slots: dict[Owners, int], wishes: list[tuple[int, int, Owners]], owners: list[Owners]
-) -> list[int]:
-    """Fulfils wishes in order while slots are left; returns the jobs that got none."""
-    open_jobs = set(members)
-    for _, index, slot in wishes:
-        if index in open_jobs and slots[slot]:
-            open_jobs.remove(index)
-            slots[slot] -= 1
-            owners[index] = slot
-    return [index for index in members if index in open_jobs]
+            for candidate in at.get(place_of[rank], ()):
+                near[index, candidate] += numel
+    waiting = set(members)
+    for _, index, candidate in sorted((-numel, *pair) for pair, numel in near.items()):
+        if index in waiting and free[candidate]:
+            waiting.remove(index)
+            free[candidate] -= 1
+            owners[index] = candidate
+    return [index for index in members if index in waiting]
 
 
 def _move_to_holders(jobs: list[Job], owners: list[Owners], initial: Sequence[int]) -> None:
-    """Moves jobs that one rank does to ranks that hold more of them, if those stay within the makespan."""
+    """Moves jobs with one owner to ranks that hold more of them, where the makespan allows it."""
     load = loads_of(jobs, owners, initial)
     limit = max(load, default=0)
     for index, job in enumerate(jobs):

@@ -15,25 +15,25 @@ import numpy as np
 import torch
 
 from megatron_muon.config import TORCH_DTYPES, Balance, MuonConfig
-from megatron_muon.matrices.shares import is_single, max_shares, share_positions, shares
+from megatron_muon.matrices.shares import divide_part, is_single, max_shares, share_positions
 from megatron_muon.matrices.spec import MatrixSpec
 from megatron_muon.newton_schulz import Iteration
 from megatron_muon.plan.assign import Job, Owners, assign, loads_of
 from megatron_muon.plan.cost_model import CostModel, alone_flops, band_cost, share_costs
-from megatron_muon.plan.ownership import Item, Method, OwnershipPlan, Segment, ShardedMatrix, Slice, Team
-from megatron_muon.plan.rounds import ENOUGH_ROUNDS, Load, make_rounds
+from megatron_muon.plan.ownership import Item, OwnershipPlan, Segment, ShardedMatrix, Slice, Team, TeamMethod
+from megatron_muon.plan.rounds import ENOUGH_ROUNDS, ParameterLoad, make_rounds
 from megatron_muon.plan.wire import ROUND_SHARE
 
 __all__ = [
     "CostModel",
     "Item",
-    "Method",
     "OwnershipPlan",
     "PlanOptions",
     "Segment",
     "ShardedMatrix",
     "Slice",
     "Team",
+    "TeamMethod",
     "build_plan",
     "fewest_idle",
     "largest_matrix_flops",
@@ -122,7 +122,7 @@ def build_plan(
     keys = [(index, part) for index, m in enumerate(matrices) for part in range(len(m.spec.parts))]
     jobs = [_job(matrices[index], part, tp_ranks, node_size, ns_steps, options) for index, part in keys]
     owners: list[list[tuple[int, ...]]] = [[()] * len(m.spec.parts) for m in matrices]
-    methods: list[list[Method]] = [[Method()] * len(m.spec.parts) for m in matrices]
+    methods: list[list[TeamMethod]] = [[TeamMethod()] * len(m.spec.parts) for m in matrices]
     assigned = assign(jobs, initial, nodes)
     for (index, part), chosen in zip(keys, assigned, strict=True):
         method = _method(matrices[index].spec, part, chosen, node_size, ns_steps, options)
@@ -207,15 +207,17 @@ def _ends(slices: Sequence[Slice]) -> tuple[list[int], list[int]]:
     return [s.start for s in slices], [s.stop for s in slices]
 
 
-def _method(spec: MatrixSpec, part: int, owners: Owners, node_size: int, ns_steps: int, options: PlanOptions) -> Method:
+def _method(
+    spec: MatrixSpec, part: int, owners: Owners, node_size: int, ns_steps: int, options: PlanOptions
+) -> TeamMethod:
     size = len(owners.ranks)
     if size == 1 or not is_single(spec, part):
-        return Method()
-    groups = size // node_size if owners.kind == "nodes" else 1
+        return TeamMethod()
+    groups = size // node_size if owners.placement == "nodes" else 1
     short, long = sorted(spec.joined_shape(part))
     itemsize = options.ns_dtype.itemsize
-    _, divided = band_cost(short, long, size, owners.kind, groups, ns_steps, itemsize, options.team_cost)
-    return Method(divided, groups)
+    _, divided = band_cost(short, long, size, owners.placement, groups, ns_steps, itemsize, options.team_cost)
+    return TeamMethod(divided, groups)
 
 
 def _by_share(
@@ -232,7 +234,7 @@ def _by_share(
     for piece in range(spec.num_pieces):
         here = [s for s in matrix.slices if s.rank in ranks and spec.piece_of(tp_ranks[s.rank]) == piece]
         starts, stops = (np.array(ends, dtype=np.int64) for ends in _ends(here))
-        for index, share in enumerate(shares(spec, part, len(ranks))):
+        for index, share in enumerate(divide_part(spec, part, len(ranks))):
             before = (share_positions(spec, part, share, piece, flat) for flat in (stops, starts))
             numels = np.subtract(*before).tolist()
             held |= {(index, s.rank): numel for s, numel in zip(here, numels, strict=True) if numel}
@@ -273,7 +275,7 @@ def _rounds(plan: OwnershipPlan, options: PlanOptions) -> tuple[tuple[int, ...],
         work[item.matrix][owner] += plan.item_flops(item)
         copies = spec.tp_size if spec.replicated else 1
         buffer[item.matrix][owner] += math.prod(plan.shape(item)) * copies * itemsize
-    loads = [Load(m.spec.name, work[i], buffer[i]) for i, m in enumerate(plan.matrices)]
+    loads = [ParameterLoad(m.spec.name, work[i], buffer[i]) for i, m in enumerate(plan.matrices)]
     busy = {rank for per_rank in work for rank in per_rank}
     owned = sum(map(len, work))
     total_bytes = sum(sum(sizes.values()) for sizes in buffer)

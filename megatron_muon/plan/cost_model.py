@@ -150,7 +150,7 @@ def _area(rows: tuple[int, int]) -> int:
     return (rows[1] - rows[0]) * rows[1]
 
 
-Kind = Literal["across", "node", "nodes"]
+TeamPlacement = Literal["across", "node", "nodes"]
 """Where owners are: anywhere, all in one node, or all ranks of several nodes."""
 
 
@@ -170,15 +170,15 @@ class ShareCosts:
     nodes: tuple[int, ...] = ()
     node_size: int = 1
 
-    def of(self, kind: Kind, size: int) -> int:
+    def of(self, placement: TeamPlacement, size: int) -> int:
         """The cost for each of `size` owners."""
-        if kind == "nodes":
+        if placement == "nodes":
             return self.nodes[size // self.node_size - 2]
-        return (self.node if kind == "node" else self.across)[size - 1]
+        return (self.node if placement == "node" else self.across)[size - 1]
 
 
 def band_cost(
-    short: int, long: int, size: int, kind: Kind, groups: int, steps: int, itemsize: int, cost: CostModel
+    short: int, long: int, size: int, placement: TeamPlacement, groups: int, steps: int, itemsize: int, cost: CostModel
 ) -> tuple[int, bool]:
     """The cost of a member that has most to do, and whether dividing the polynomial makes it that cheap."""
     seat = Seat(size - 1, size, groups)
@@ -188,10 +188,10 @@ def band_cost(
         near_bytes, far_bytes = band_sent_bytes(short, seat, steps, itemsize, divided=divided)
         near_stages, far_stages = _stages_by_reach(steps, divided=divided, groups=groups)
         near, far = Messages(near_bytes, near_stages), Messages(far_bytes, far_stages)
-        if kind != "nodes":
+        if placement != "nodes":
             # All members in one node, or members anywhere, who count as if none were near.
             total, nothing = Messages(near_bytes + far_bytes, near_stages + far_stages), Messages(0, 0)
-            near, far = (total, nothing) if kind == "node" else (nothing, total)
+            near, far = (total, nothing) if placement == "node" else (nothing, total)
         flops = band_flops(short, -(-long // size), area, steps, divided=divided)
         options.append((flops + cost.as_flops(near, far), divided))
     return min(options)
@@ -231,8 +231,8 @@ def share_costs(
         return ShareCosts(tuple(across), tuple(across[:in_node]), node_size=node_size)
     short, long = sorted((rows, cols))
 
-    def of(size: int, kind: Kind, groups: int = 1) -> int:
-        return band_cost(short, long, size, kind, groups, steps, dtype.itemsize, cost)[0] if size > 1 else alone
+    def of(size: int, placement: TeamPlacement, groups: int = 1) -> int:
+        return band_cost(short, long, size, placement, groups, steps, dtype.itemsize, cost)[0] if size > 1 else alone
 
     return ShareCosts(
         across=tuple(of(size, "across") for size in range(1, most + 1)),

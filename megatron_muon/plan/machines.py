@@ -18,7 +18,7 @@ COMPUTE_EFFICIENCY = 0.6
 
 
 @dataclass(frozen=True)
-class Machine:
+class GpuModel:
     """A GPU in a node of eight, by its data sheet.
 
     Attributes:
@@ -41,7 +41,7 @@ class Machine:
         """Predicted time of a rank's Newton-Schulz products."""
         return 1e3 * flops / (self.bf16_flops_per_s * COMPUTE_EFFICIENCY)
 
-    def exchange_ms(self, collectives: Iterable[Collective]) -> float:
+    def exchange_ms(self, collectives: Iterable[CollectiveBytes]) -> float:
         """Predicted time of collectives that run one after the other."""
         return sum(
             1e3
@@ -52,10 +52,10 @@ class Machine:
 
 
 _NVLINK4 = "NVLink 4: 900 GB/s, half each way; ConnectX-7: 400 Gb/s"
-MACHINES = (
-    Machine("H100", 450e9, 50e9, 989e12, 3.35e12, f"NVIDIA H100 SXM and DGX H100 data sheets. {_NVLINK4}"),
-    Machine("H200", 450e9, 50e9, 989e12, 4.8e12, f"NVIDIA H200 SXM and DGX H200 data sheets. {_NVLINK4}"),
-    Machine(
+GPU_MODELS = (
+    GpuModel("H100", 450e9, 50e9, 989e12, 3.35e12, f"NVIDIA H100 SXM and DGX H100 data sheets. {_NVLINK4}"),
+    GpuModel("H200", 450e9, 50e9, 989e12, 4.8e12, f"NVIDIA H200 SXM and DGX H200 data sheets. {_NVLINK4}"),
+    GpuModel(
         "B200",
         900e9,
         50e9,
@@ -97,16 +97,16 @@ REACHED: Mapping[str, Reached] = MappingProxyType(
         "cpu": Reached(50e9, 1e9, 1e9, latency_s=300e-6, node_latency_s=300e-6, launch_s=5e-6),
     }
 )
-"""By `torch.device.type`. Cautious where `Machine`'s predictions are optimistic."""
+"""By `torch.device.type`. Cautious where `GpuModel`'s predictions are optimistic."""
 
 
-def machine_named(device_name: str) -> Machine | None:
+def gpu_model_named(device_name: str) -> GpuModel | None:
     """The machine whose GPU a driver calls by this name, such as "NVIDIA H100 80GB HBM3"; None if it is not known."""
-    return next((machine for machine in MACHINES if machine.name in device_name), None)
+    return next((machine for machine in GPU_MODELS if machine.name in device_name), None)
 
 
 @dataclass(frozen=True)
-class Collective:
+class CollectiveBytes:
     """A collective, by what its busiest rank moves in the busier direction.
 
     Attributes:

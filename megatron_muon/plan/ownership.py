@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from megatron_muon.matrices.shares import Share, is_single, max_shares, share_positions, share_shape, shares
+from megatron_muon.matrices.shares import Share, divide_part, is_single, max_shares, share_positions, share_shape
 from megatron_muon.matrices.spec import MatrixSpec
 from megatron_muon.newton_schulz import Iteration
 from megatron_muon.plan.cost_model import CostModel, alone_flops, band_flops, band_sent_bytes, band_stages, own_area
@@ -70,7 +70,7 @@ class Transfers(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Method:
+class TeamMethod:
     """How a team works; see `team`.
 
     Attributes:
@@ -97,7 +97,7 @@ class Team:
     ranks: tuple[int, ...]
     rows: int
     cols: int
-    method: Method
+    method: TeamMethod
 
     @property
     def short(self) -> int:
@@ -136,7 +136,7 @@ class OwnershipPlan:
     matrices: tuple[ShardedMatrix, ...]
     owners: tuple[tuple[tuple[int, ...], ...], ...]
     rounds: tuple[tuple[int, ...], ...]
-    methods: tuple[tuple[Method, ...], ...]
+    methods: tuple[tuple[TeamMethod, ...], ...]
     ns_steps: int
     ns_dtype: torch.dtype = torch.bfloat16
     cost: CostModel = field(default_factory=CostModel)
@@ -190,10 +190,10 @@ class OwnershipPlan:
         return hashlib.sha256(repr(content).encode()).hexdigest()
 
     @cached_property
-    def shares(self) -> tuple[tuple[tuple[Share, ...], ...], ...]:
+    def _shares(self) -> tuple[tuple[tuple[Share, ...], ...], ...]:
         """For each parameter, for each of its parts, the shares; as many as owners."""
         return tuple(
-            tuple(shares(m.spec, part, len(ranks)) for part, ranks in enumerate(owners))
+            tuple(divide_part(m.spec, part, len(ranks)) for part, ranks in enumerate(owners))
             for m, owners in zip(self.matrices, self.owners, strict=True)
         )
 
@@ -201,7 +201,7 @@ class OwnershipPlan:
         return self.matrices[item.matrix].spec
 
     def share(self, item: Item) -> Share:
-        return self.shares[item.matrix][item.part][item.share]
+        return self._shares[item.matrix][item.part][item.share]
 
     def owner(self, item: Item) -> int:
         """The rank that collects an item."""
@@ -241,7 +241,7 @@ class OwnershipPlan:
         teams = (self.team(item) for item in self.items(round_index) if item.share == 0)
         return max((self._stages(team.method) for team in teams if team), default=0)
 
-    def _stages(self, method: Method) -> int:
+    def _stages(self, method: TeamMethod) -> int:
         return band_stages(self.ns_steps, divided=method.divided, groups=method.groups)
 
     def item_flops(self, item: Item) -> int:

@@ -11,11 +11,11 @@ ENOUGH_ROUNDS = 4
 
 
 @dataclass(frozen=True)
-class Load:
-    """What a parameter means to the ranks.
+class ParameterLoad:
+    """Work and memory that a parameter needs on each rank.
 
     Attributes:
-        name: Unique; breaks ties.
+        name: Name of the parameter, unique; breaks ties.
         work: Rank -> cost of what it owns of the parameter.
         buffer: Rank -> bytes that the parameter takes in the rank's round buffer.
     """
@@ -25,16 +25,16 @@ class Load:
     buffer: Mapping[int, int]
 
 
-def make_rounds(loads: Sequence[Load], wanted: int, limit_bytes: int) -> tuple[tuple[int, ...], ...]:
+def make_rounds(loads: Sequence[ParameterLoad], wanted: int, limit_bytes: int) -> tuple[tuple[int, ...], ...]:
     """Groups parameters into about `wanted` rounds, or as many more as it takes to stay within the limit on each rank.
 
-    Heaviest first, each to the round in which its owners have least to do. A parameter that exceeds the limit alone
-    gets a round of its own.
+    Heaviest first, each to the round in which its owners have least to do. A parameter that exceeds the limit on a rank
+    alone shares that rank's buffer with no other parameter.
 
     Args:
         loads: The parameters; the result does not depend on their order.
         wanted: Number of rounds if the limit allows it.
-        limit_bytes: Of each rank's round buffer.
+        limit_bytes: Size of a rank's round buffer.
 
     Returns:
         Indices into `loads`, ascending within a round. No round is empty.
@@ -52,7 +52,9 @@ def make_rounds(loads: Sequence[Load], wanted: int, limit_bytes: int) -> tuple[t
     return tuple(tuple(sorted(members)) for members in rounds if members)
 
 
-def _distribute(loads: Sequence[Load], order: Sequence[int], count: int, limit_bytes: int) -> list[list[int]] | None:
+def _distribute(
+    loads: Sequence[ParameterLoad], order: Sequence[int], count: int, limit_bytes: int
+) -> list[list[int]] | None:
     rounds: list[list[int]] = [[] for _ in range(count)]
     work: list[dict[int, int]] = [defaultdict(int) for _ in range(count)]
     buffer: list[dict[int, int]] = [defaultdict(int) for _ in range(count)]

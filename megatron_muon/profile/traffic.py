@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_muon.config import TORCH_DTYPES, MuonConfig
 from megatron_muon.estimate.estimates import distinct_stages, stage_kinds, stage_plans
-from megatron_muon.estimate.schemes import Settings
+from megatron_muon.estimate.schemes import PlanSettings
 from megatron_muon.estimate.shapes import load_model
 from megatron_muon.estimate.stages import Layout, check_experts
 from megatron_muon.plan.build import CostModel
@@ -118,7 +118,7 @@ def model_traffic(
         ValueError: If there is no such model, or it does not divide over the layout.
     """
     model = load_model(model_name)
-    settings = Settings(
+    settings = PlanSettings(
         muon=muon,
         impl="transformer_engine" if device_type == "cuda" else "local",
         cost=CostModel.for_device(device_type),

@@ -13,7 +13,7 @@ from megatron_muon.estimate.estimates import SCHEMES, plan_model
 from megatron_muon.estimate.plan_report import plan_to_json
 from megatron_muon.estimate.shapes import load_model
 from megatron_muon.estimate.stages import Layout
-from megatron_muon.plan.machines import MACHINES
+from megatron_muon.plan.machines import GPU_MODELS
 
 
 def shape_of(value: Any) -> Any:
@@ -37,7 +37,7 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert set(content) == {"version", "model", "layout", "settings", "prediction", "notes", "stages"}
     assert content["layout"]["ranks"] == 64 and content["layout"]["expert_dp"] == 2
     assert [stage["stages"] for stage in content["stages"]] == [[0], [1, 2], [3]]
-    milliseconds = {m.name: {"exchange": "float", "newton_schulz": "float"} for m in MACHINES}
+    milliseconds = {m.name: {"exchange": "float", "newton_schulz": "float"} for m in GPU_MODELS}
     range_of = {"mean": "float", "max": "float"}
     scheme = {
         "flops": {"max": "float", "mean": "float", "max_over_ideal": "float", "busiest_over_ideal": "float"},
@@ -56,7 +56,7 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "logical_matrices": "int",
         "muon_numel_per_rank": {"dense": "int", "expert": "int"},
         "ideal_flops": "float",
-        "adamw": {"sent_bytes": "float", "predicted_ms": {m.name: "float" for m in MACHINES}},
+        "adamw": {"sent_bytes": "float", "predicted_ms": {m.name: "float" for m in GPU_MODELS}},
         "schemes": dict.fromkeys(SCHEMES, scheme),
     }
 

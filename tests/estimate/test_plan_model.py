@@ -26,7 +26,7 @@ from megatron_muon.estimate.estimates import (
 )
 from megatron_muon.estimate.huggingface import model_from_config
 from megatron_muon.estimate.models import BUILT_IN, Model
-from megatron_muon.estimate.schemes import Settings, distributed_muon, layer_wise, matrix_flops, ownership_plan
+from megatron_muon.estimate.schemes import PlanSettings, distributed_muon, layer_wise, matrix_flops, ownership_plan
 from megatron_muon.estimate.shapes import load_model, model_from_shapes
 from megatron_muon.estimate.stages import Layout, grids, split_layers, stage_specs
 from megatron_muon.estimate.table import plan_table, reference_layout
@@ -34,7 +34,7 @@ from megatron_muon.estimate.transfer_times import all_to_all, ring
 from megatron_muon.matrices.fused import FusedQkv
 from megatron_muon.newton_schulz import newton_schulz_flops
 from megatron_muon.plan.build import CostModel
-from megatron_muon.plan.machines import LINK_EFFICIENCY, MACHINES
+from megatron_muon.plan.machines import GPU_MODELS, LINK_EFFICIENCY
 from megatron_muon.plan.ownership import Transfers
 from tests.distributed import run_ranks
 from tests.models import Layout as RunLayout
@@ -198,7 +198,7 @@ def test_plans_are_the_plugins() -> None:
     for index, (_, config, sizes, ddp) in enumerate(RUNS):
         layout = Layout(**sizes)
         # The runs are on CPUs of one host.
-        settings = Settings(
+        settings = PlanSettings(
             impl="local",
             overlap_grad_reduce=bool(ddp),
             bucket_size=ddp.get("bucket_size"),
@@ -233,8 +233,8 @@ def test_tensor_parallel_pieces_under_transformer_engine() -> None:
     assert (down.shape, down.tp_size, down.partition_dim) == ((16 + 4, 32), 2, None)
 
 
-@pytest.mark.parametrize("settings", [Settings(), Settings(muon=MuonConfig(exchange_dtype="fp32", ns_steps=3))])
-def test_loads_and_bytes_are_the_plans(settings: Settings) -> None:
+@pytest.mark.parametrize("settings", [PlanSettings(), PlanSettings(muon=MuonConfig(exchange_dtype="fp32", ns_steps=3))])
+def test_loads_and_bytes_are_the_plans(settings: PlanSettings) -> None:
     model, layout = load_model("moonlight-16b"), Layout(dp=8, tp=2, pp=9, ep=4, etp=1)
     kinds = stage_kinds(model.layers[:3], layout, settings)
     element_size = 4 if settings.muon.exchange_dtype == "fp32" else 2
@@ -281,7 +281,7 @@ def test_tiny_model_by_hand() -> None:
     assert ours.momentum_bytes == (1280 * 4, 1280 * 4)
     assert (ours.buffer_bytes, ours.padding) == (2560 * 6, (0.0, None))
     # There and back on one node's NVLink.
-    h100 = MACHINES[0]
+    h100 = GPU_MODELS[0]
     assert h100.exchange_ms(ours.collectives) == pytest.approx(2 * 1e3 * 1536 / (450e9 * LINK_EFFICIENCY))
 
     upstream = estimate(plan, UPSTREAM)
@@ -362,7 +362,7 @@ def test_upstreams_slowest_rank(
 ) -> None:
     """Newton-Schulz of upstream's slowest rank over the ideal: the standard iteration on fused weights, dense alone."""
     layout = Layout(**sizes)
-    settings = Settings(muon=MuonConfig(qkv_split="none", split_gated=False))
+    settings = PlanSettings(muon=MuonConfig(qkv_split="none", split_gated=False))
     dense, _ = stage_specs(load_model(model).layers[layers], layout, settings.muon)
     flops = [newton_schulz_flops(*s.logical_shape(0)[1:], 5, "standard") for s in dense]
     bucket_size = default_bucket_size(layout.dp) if bucketed else None
@@ -380,7 +380,7 @@ def test_upstreams_slowest_rank(
 def test_teams_even_out_large_grids(model: str, sizes: dict[str, int]) -> None:
     """Few matrices for many ranks: shared by the ranks of nodes, so that the slowest does little more than its part."""
     plan = plan_model(load_model(model), Layout(**sizes))
-    alone = plan_model(load_model(model), Layout(**sizes), Settings(muon=MuonConfig(max_team_size=1)))
+    alone = plan_model(load_model(model), Layout(**sizes), PlanSettings(muon=MuonConfig(max_team_size=1)))
     assert max(estimate(plan, OURS).team_bytes) > 0 == max(estimate(alone, OURS).team_bytes)
     together, apart = ([stage.imbalance(OURS) or math.inf for stage in p.stages] for p in (plan, alone))
     # Of the slowest stage: where experts can level out whole dense matrices, teams gain nothing.
@@ -389,7 +389,7 @@ def test_teams_even_out_large_grids(model: str, sizes: dict[str, int]) -> None:
 
 def test_the_kind_with_the_larger_matrices_is_planned_first() -> None:
     """Moonlight's dense matrices are larger than its experts', which then go where the dense plan left room."""
-    layout, settings = Layout(dp=64, pp=4, ep=8), Settings(muon=MuonConfig(max_team_size=1))
+    layout, settings = Layout(dp=64, pp=4, ep=8), PlanSettings(muon=MuonConfig(max_team_size=1))
     model = load_model("moonlight-16b")
     kinds = stage_kinds(model.layers[:7], layout, settings)
     (_, _, (dense,)), (grid, _, experts) = stage_plans(kinds, settings, None)
@@ -410,8 +410,8 @@ def test_the_kind_with_the_larger_matrices_is_planned_first() -> None:
 )
 def test_balanced_by_flops_alone(model: str, sizes: dict[str, int]) -> None:
     """At least four matrices a rank: level within 5 %, at the price of messages, which the default counts."""
-    by_flops = Settings(muon=MuonConfig(balance="flops"))
-    level, fast = (plan_model(load_model(model), Layout(**sizes), s) for s in (by_flops, Settings()))
+    by_flops = PlanSettings(muon=MuonConfig(balance="flops"))
+    level, fast = (plan_model(load_model(model), Layout(**sizes), s) for s in (by_flops, PlanSettings()))
     for stage in level.stages:
         assert stage.num_logical_matrices >= 4 * sizes["dp"]
         imbalance = stage.imbalance(OURS)
@@ -423,7 +423,7 @@ def test_balanced_by_flops_alone(model: str, sizes: dict[str, int]) -> None:
 @pytest.mark.parametrize("layers, best", [(slice(0, 7), 8), (slice(7, 14), 1)])
 def test_the_first_kinds_teams_are_as_large_as_levels_the_sum(layers: slice, best: int) -> None:
     """Moonlight on 256 ranks a stage: with no limit the dense matrices' teams leave experts nothing uneven to fill."""
-    settings = Settings(cost=CostModel(latency_s=20e-6, node_latency_s=20e-6, launch_s=0))
+    settings = PlanSettings(cost=CostModel(latency_s=20e-6, node_latency_s=20e-6, launch_s=0))
     kinds = stage_kinds(load_model("moonlight-16b").layers[layers], Layout(dp=256, pp=4, ep=8), settings)
     busiest = {}
     for limit in (settings.muon.max_team_size, 8, 1):
@@ -520,4 +520,4 @@ def test_a_stage_without_matrices() -> None:
     shapes = {"layers": [{"matrices": [{"name": "mlp.router", "shape": [4, 8], "router": True}]}]}
     model: Model = model_from_shapes("routers", shapes, "test")
     with pytest.raises(ValueError, match="no matrix for Muon"):
-        plan_model(model, Layout(), Settings(muon=MuonConfig(router="adam")))
+        plan_model(model, Layout(), PlanSettings(muon=MuonConfig(router="adam")))

@@ -21,7 +21,7 @@ from megatron_muon.matrices.shares import max_shares
 from megatron_muon.matrices.spec import Blocks, MatrixSpec, Part, whole
 from megatron_muon.newton_schulz import CoefficientSet, coefficients, orthogonalize, scaling_for
 from megatron_muon.optimizer.sharded_muon import ShardedMuon
-from megatron_muon.plan.build import Method, OwnershipPlan, PlanOptions, build_plan
+from megatron_muon.plan.build import OwnershipPlan, PlanOptions, TeamMethod, build_plan
 from megatron_muon.plan.seats import Seat, block_bounds
 from megatron_muon.rule.reference import ReferenceMuon
 from megatron_muon.rule.reference_adaptive import ReferenceVariants
@@ -275,7 +275,7 @@ def force_teams(plan: OwnershipPlan, size: int, groups: int) -> OwnershipPlan:
                 for part, count in zip(parts, counts, strict=True)
             )
         )
-        methods.append(tuple(Method(index % 2 == 0, groups if n == size else 1) for n in counts))
+        methods.append(tuple(TeamMethod(index % 2 == 0, groups if n == size else 1) for n in counts))
     return replace(plan, owners=tuple(owners), methods=tuple(methods))
 
 

@@ -25,9 +25,9 @@ from megatron_muon.matrices.fused import (
     LatentDown,
     Section,
     Split,
-    matrix_spec,
     parts_of,
     pattern,
+    spec_from_split,
 )
 from megatron_muon.matrices.user_rows import load_split_rows
 from tests.distributed import RankError, run_ranks
@@ -136,7 +136,7 @@ def test_a_query_group_over_two_ranks() -> None:
     """Megatron shards the rows of all groups evenly: the first rank has three of the four query heads."""
     split = FusedQkv.of_heads(4, 2).split(MuonConfig(qkv_split="head"))
     assert rows_of(split, 6, pieces=2) == {"q": [((0, 6),), ((0, 2),)], "k": [(), ((2, 4),)], "v": [(), ((4, 6),)]}
-    spec = matrix_spec("w", (6, 5), split, tp_size=2, partition_dim=0)
+    spec = spec_from_split("w", (6, 5), split, tp_size=2, partition_dim=0)
     assert [spec.logical_shape(part) for part in range(3)] == [(4, 2, 5), (1, 2, 5), (1, 2, 5)]
 
 
@@ -154,7 +154,7 @@ def test_fused_latents_over_two_ranks() -> None:
 
 
 def test_stacked_experts() -> None:
-    spec = matrix_spec("w", (2, 4, 3), GatedMlp().split(MuonConfig()), tp_size=2, partition_dim=0)
+    spec = spec_from_split("w", (2, 4, 3), GatedMlp().split(MuonConfig()), tp_size=2, partition_dim=0)
     assert spec.shape == (8, 3)
     assert [(part.label, part.rows) for part in spec.parts] == [
         ("expert0.gate", ((0, 2),)),
@@ -201,12 +201,16 @@ def test_split_that_does_not_divide(split: Split, rows: int, pieces: int, messag
 def test_blockwise_pieces_must_be_alike() -> None:
     split = FusedQkv.of_heads(4, 2).split(MuonConfig())
     with pytest.raises(NotImplementedError) as error:
-        matrix_spec("w", (6, 5), split, tp_size=2, partition_dim=0, tp_joined=False)
+        spec_from_split("w", (6, 5), split, tp_size=2, partition_dim=0, tp_joined=False)
     assert str(error.value) == (
         "w: its 2 tensor-parallel pieces have different rows of 8 (q) + 2 (k) + 2 (v), and tp_mode blockwise needs "
         "pieces that are alike; choose tp_mode exact, or switch the split off"
     )
-    assert matrix_spec("w", (12, 5), split, tp_size=2, partition_dim=0, tp_joined=False).logical_shape(0) == (2, 8, 5)
+    assert spec_from_split("w", (12, 5), split, tp_size=2, partition_dim=0, tp_joined=False).logical_shape(0) == (
+        2,
+        8,
+        5,
+    )
 
 
 @pytest.mark.parametrize("groups", [((Section("a", 2), Section("b")),), ((Section("a"), Section("b")),), ((),)])
@@ -235,7 +239,7 @@ def test_example() -> None:
     # Two ranks store [their z, x, B, C, dt] each.
     rows = rows_of(by_parts.split, 8512 // 2, pieces=2)
     assert rows["B"] == [((4096, 4160),)] * 2 and rows["dt"] == [((4224, 4256),)] * 2
-    spec = matrix_spec("w", (64, 256), by_heads.split, tp_size=2, partition_dim=1)
+    spec = spec_from_split("w", (64, 256), by_heads.split, tp_size=2, partition_dim=1)
     assert (spec.tile_grid(0), spec.tile_shape(0)) == ((1, 4), (64, 128))
     assert (adam.name, adam.optimizer) == ("row 3 (decoder.layers.0.mlp.*)", "adam")
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from megatron_muon.matrices.shares import logical_views, share_positions, share_shape, shares, stored_strips
+from megatron_muon.matrices.shares import divide_part, logical_views, share_positions, share_shape, stored_strips
 from megatron_muon.matrices.spec import Blocks, MatrixSpec, Part, Ranges, whole
 
 EXAMPLES = settings(max_examples=200, deadline=None, derandomize=True)
@@ -116,7 +116,7 @@ def test_logical_views_are_the_logical_matrices(case: Numbered) -> None:
     for index in range(len(spec.parts)):
         collected = case.collected(index)
         assert spec.joined_shape(index) == tuple(collected.shape)
-        (everything,) = shares(spec, index, 1)
+        (everything,) = divide_part(spec, index, 1)
         assert share_shape(spec, index, everything) == tuple(collected.shape)
         views = logical_views(spec, index, collected)
         expected = case.logical(index)
@@ -151,7 +151,7 @@ def test_strips_and_offsets_of_a_flat_range(case: Numbered, data: st.DataObject)
     stop = data.draw(st.integers(start, spec.local_numel))
     covered: list[list[int]] = [[] for _ in range(spec.num_pieces)]
     for index in range(len(spec.parts)):
-        (everything,) = shares(spec, index, 1)
+        (everything,) = divide_part(spec, index, 1)
         for piece in range(spec.num_pieces):
             rows = set(case.part_rows(index, piece))
             strips = stored_strips(spec, index, everything, piece, start, stop)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_muon.config import TORCH_DTYPES, MuonConfig
 from megatron_muon.estimate.estimates import distinct_stages, stage_kinds, stage_plans
-from megatron_muon.estimate.schemes import Settings
+from megatron_muon.estimate.schemes import PlanSettings
 from megatron_muon.estimate.shapes import load_model
 from megatron_muon.estimate.stages import Layout
 from megatron_muon.observe.timing.peaks import read_links
@@ -214,7 +214,7 @@ def test_traffic_is_that_of_the_plans(layout: Layout, model: str) -> None:
     for expert in {t.expert for t in traffic}:
         ranks = sorted(r for t in traffic if t.expert == expert for r in t.ranks)
         assert ranks == list(range(layout.num_ranks))
-    settings = Settings(muon=muon)  # of a GPU, as model_traffic's default
+    settings = PlanSettings(muon=muon)  # of a GPU, as model_traffic's default
     planned = []
     for (layers, bucket_size), stages in distinct_stages(load_model(model), layout, settings).items():
         for _, _, plans in stage_plans(stage_kinds(layers, layout, settings), settings, bucket_size):
@@ -418,7 +418,7 @@ def exchange_and_measure(rank: int, world_size: int, settings: LinkSettings) -> 
 
     layout = layout_for(world_size, tp=settings.tp, pp=1, ep=settings.ep, etp=settings.etp, instances=1)
     muon = MuonConfig(exchange_dtype="fp32")
-    planned = Settings(muon=muon, impl="local", cost=CostModel.for_device("cpu"), gpus_per_node=world_size)
+    planned = PlanSettings(muon=muon, impl="local", cost=CostModel.for_device("cpu"), gpus_per_node=world_size)
     ((layers, bucket_size),) = distinct_stages(load_model(str(settings.model)), layout, planned)
     kinds = stage_plans(stage_kinds(layers, layout, planned), planned, bucket_size)
     (plan,) = next(plans for grid, _, plans in kinds if not grid.expert)
@@ -595,7 +595,7 @@ def test_bad_sizes(text: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_plan_of_another_group_is_refused(model: str) -> None:
-    layout, settings = Layout(dp=2), Settings()
+    layout, settings = Layout(dp=2), PlanSettings()
     ((layers, bucket_size),) = distinct_stages(load_model(model), layout, settings)
     ((_, _, (plan,)),) = stage_plans(stage_kinds(layers, layout, settings), settings, bucket_size)
     with pytest.raises(ValueError, match="ranks: got 3, expected the plan's 2"):

@@ -11,7 +11,7 @@ from emerging_optimizers.orthogonalized_optimizers.adaptive_muon import Adaptive
 from torch import Tensor
 
 from megatron_muon.config import MuonConfig, scale_factor
-from megatron_muon.matrices.fused import matrix_spec, pattern
+from megatron_muon.matrices.fused import pattern, spec_from_split
 from megatron_muon.matrices.shares import logical_views
 from megatron_muon.matrices.slice_elements import SliceElements, logical_matrices
 from megatron_muon.matrices.spec import Blocks, MatrixSpec, Part, whole
@@ -44,7 +44,7 @@ SPECS = [
     MatrixSpec("column blocks", (2, 6), 2, 0, (Part("", ((0, 2),), Blocks(1, 3)),)),
     MatrixSpec("pieces", (8, 3), 2, 1, whole(8), tp_joined=False),
     # q has three rows on the first rank and one on the second, which has all of k.
-    matrix_spec("uneven", (3, 5), pattern([("q", 4), ("k", 2)]), tp_size=2, partition_dim=0),
+    spec_from_split("uneven", (3, 5), pattern([("q", 4), ("k", 2)]), tp_size=2, partition_dim=0),
 ]
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.matrices.fused import WHOLE, FusedQkv, GatedMlp, Kind, LatentDown, LatentOutput, LatentUp
+from megatron_muon.matrices.fused import WHOLE, FusedQkv, GatedMlp, LatentDown, LatentOutput, LatentUp, WeightKind
 from megatron_muon.matrices.user_rows import SplitRow, load_split_rows
 from megatron_muon.megatron.model.identity import NamedParameter
 
@@ -44,7 +44,7 @@ class Row:
 
     name: str
     matches: Callable[[NamedParameter], bool]
-    kind: Callable[[NamedParameter], Kind] = lambda entry: WHOLE
+    kind: Callable[[NamedParameter], WeightKind] = lambda entry: WHOLE
     optimizer: Optimizer | Callable[[MuonConfig], Optimizer] = "muon"
     priority: int = 0
 
@@ -96,36 +96,36 @@ def _config(entry: NamedParameter) -> Any:
     return entry.parent.config  # type: ignore[union-attr]
 
 
-def _fused_qkv(entry: NamedParameter) -> Kind:
+def _fused_qkv(entry: NamedParameter) -> WeightKind:
     config = _config(entry)
     queries = config.num_attention_heads // config.num_query_groups
     return FusedQkv.of_heads(queries, config.kv_channels, bool(getattr(config, "attention_output_gate", False)))
 
 
-def _gated_mlp(entry: NamedParameter) -> Kind:
+def _gated_mlp(entry: NamedParameter) -> WeightKind:
     # Some kernels want gate and up interleaved in blocks; each expert kind has its own setting.
     shared = "shared_experts" in entry.name
     size = getattr(_config(entry), f"moe_{'shared_expert' if shared else 'mlp'}_glu_interleave_size", None)
     return GatedMlp(size if size and (shared or isinstance(entry.parent, TEGroupedMLP)) else None)
 
 
-def _latent_query(entry: NamedParameter) -> Kind:
+def _latent_query(entry: NamedParameter) -> WeightKind:
     config = _config(entry)
     return LatentUp((("q_nope", config.qk_head_dim), ("q_rope", config.qk_pos_emb_head_dim)))
 
 
-def _latent_key_value(entry: NamedParameter) -> Kind:
+def _latent_key_value(entry: NamedParameter) -> WeightKind:
     config = _config(entry)
     return LatentUp((("k_nope", config.qk_head_dim), ("v", config.v_head_dim)))
 
 
-def _latent_down(entry: NamedParameter) -> Kind:
+def _latent_down(entry: NamedParameter) -> WeightKind:
     config = _config(entry)
     fused = entry.module is getattr(entry.parent, "linear_qkv_down_proj", None)
     return LatentDown(config.kv_lora_rank, config.qk_pos_emb_head_dim, config.q_lora_rank if fused else 0)
 
 
-def _latent_output(entry: NamedParameter) -> Kind:
+def _latent_output(entry: NamedParameter) -> WeightKind:
     return LatentOutput(_config(entry).v_head_dim)
 
 

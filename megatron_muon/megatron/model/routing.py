@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.matrices.fused import WHOLE
-from megatron_muon.matrices.fused import matrix_spec as spec_of
+from megatron_muon.matrices.fused import WHOLE, spec_from_split
 from megatron_muon.matrices.spec import MatrixSpec
 from megatron_muon.megatron.model.fp8_weights import check_kinds
 from megatron_muon.megatron.model.identity import NamedParameter, named_parameters, unwrapped
@@ -75,7 +74,7 @@ def matrix_spec(entry: NamedParameter, config: MuonConfig, tp_size: int) -> Matr
     row = registry(config.splits).row(entry)
     partitioned = tp_size > 1 and getattr(parameter, "tensor_model_parallel", False)
     partition_dim = int(parameter.partition_dim) if partitioned else None  # type: ignore[attr-defined]
-    return spec_of(
+    return spec_from_split(
         entry.name,
         tuple(parameter.shape),
         # What `use_muon` gives to Muon against its row is not split.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_muon.observe.timing.recording import clock_for
-from megatron_muon.plan.machines import REACHED, machine_named
+from megatron_muon.plan.machines import REACHED, gpu_model_named
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def link_ceiling(device_name: str, device_type: str, *, one_node: bool) -> Ceili
         device_type: `torch.device.type`.
         one_node: Whether the ranks that exchange are all in one node.
     """
-    machine = machine_named(device_name)
+    machine = gpu_model_named(device_name)
     if machine is not None:
         rate = machine.nvlink_bytes_per_s if one_node else machine.network_bytes_per_s
         return Ceiling(rate, f"{machine.name} data sheet, {'NVLink' if one_node else 'network'}")
@@ -88,7 +88,7 @@ def arithmetic_ceilings(device: torch.device, dtype: torch.dtype) -> tuple[Ceili
         device: What runs Newton-Schulz.
         dtype: Its dtype.
     """
-    machine = machine_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    machine = gpu_model_named(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if machine is not None and dtype == torch.bfloat16:
         source = f"{machine.name} data sheet"
         return Ceiling(machine.bf16_flops_per_s, source), Ceiling(machine.memory_bytes_per_s, source)
