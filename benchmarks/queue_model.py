@@ -34,10 +34,10 @@ from megatron_muon.exchange.exchange import Exchange
 from megatron_muon.exchange.pipeline import run_together
 from megatron_muon.optimizer import sharded_muon
 from megatron_muon.plan.cost_model import CostModel
-from megatron_muon.plan.machines import GPUS_PER_NODE, MACHINES
+from megatron_muon.plan.machines import GPU_MODELS, GPUS_PER_NODE
 from megatron_muon.plan.wire import Wire
 
-MEMORY_BYTES_PER_S = MACHINES[0].memory_bytes_per_s
+MEMORY_BYTES_PER_S = GPU_MODELS[0].memory_bytes_per_s
 
 
 @dataclass(frozen=True)
