@@ -82,7 +82,14 @@ def flag_tables() -> str:
     for title, names in groups.items():
         rows = [_flag_row(known[name], hints[name]) for name in names if name in known]
         if rows:
-            out += [f"### {title}\n", "| flag | values | default | meaning |", "|---|---|---|---|", *rows, ""]
+            out += [
+                f"### {title}\n",
+                '<div class="flags" markdown>\n',
+                "| flag | values | default | meaning |",
+                "|---|---|---|---|",
+                *rows,
+                "\n</div>\n",
+            ]
     return "\n".join(out)
 
 
