@@ -12,7 +12,7 @@ TE_VERSION := 2.20.2
 # TE's torch extension, built for this Python and torch. PyPI has its source only, which takes a quarter of an hour.
 TE_WHEEL ?= $(firstword $(wildcard ../shared/wheels/transformer_engine_torch-$(TE_VERSION)-*.whl))
 
-.PHONY: venv demo ablations test test-all test-te lint bench docs clean
+.PHONY: venv demo ablations test test-fast test-all test-te lint bench docs clean
 venv: $(STAMP)
 
 $(STAMP): setup.py
@@ -29,11 +29,19 @@ demo: $(STAMP)
 ablations: $(STAMP)
 	$(BIN)/python examples/ablations.py --docs docs
 
+# Two workers: the ranks of one test wait for each other about half of the time, which another test uses.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope --no-loadscope-reorder
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not exhaustive"
+	$(PYTEST) -m "not exhaustive"
+
+# For the inner loop: tests that start no processes.
+test-fast: $(STAMP)
+	$(PYTEST) -m "fast and not exhaustive"
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # transformer-engine is a metapackage, without which TE refuses to be imported.
 $(TE_STAMP): setup.py $(TE_WHEEL)

@@ -27,7 +27,7 @@ setup(
         "kernels": ["emerging-optimizers>=0.3,<0.4"],
         "test": [
             *("einops>=0.8", "hypothesis>=6", "jsonschema>=4.18", "mypy>=1.15", "nvidia-ml-py>=12.570"),
-            *("pytest>=8", "pytest-timeout>=2.3", "ruff>=0.17"),
+            *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.17"),
         ],
     },
 )
