@@ -22,20 +22,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 FLAGS_MARK = "<!-- flags -->"
 PRESETS_MARK = "<!-- presets -->"
 
-# Headings of the table, with the settings under each in order. What is missing here comes under "Others".
-FLAG_GROUPS = {
-    "Rule": (
-        *("variant", "momentum", "nesterov", "momentum_form", "momentum_dtype", "beta2", "second_moment_eps"),
-        *("cautious_weight_decay", "scale_mode", "update_rms", "extra_scale_factor"),
-    ),
-    "Newton-Schulz": ("coefficients", "ns_steps", "ns_dtype", "ns_method", "ns_backend", "batched"),
-    "Matrices": ("qkv_split", "mla_split", "split_gated", "splits", "router", "tp_mode", "log_params"),
-    "Owners and exchange": ("balance", "links", "max_team_size", "exchange_dtype", "exchange_buffer_mb"),
-    "Metrics and profiles": ("log_interval", "metrics_dir", "profile", "profile_dir", "profile_links"),
-    "Checkpoints": ("init_from_adamw", "verify_checkpoint", "verify_saves"),
-    "FP8": ("moe_fp8",),
-}
-
 
 def generated_pages() -> dict[str, Path]:
     """Pages of the site that lie outside docs/, by their address in the site."""
@@ -74,22 +60,15 @@ def flag_tables() -> str:
     """One table for each group of flags: flag, values, default, meaning."""
     from megatron_muon.config import MuonConfig
 
-    known = {setting.name: setting for setting in fields(MuonConfig)}
     hints = get_type_hints(MuonConfig)
-    grouped = {name for names in FLAG_GROUPS.values() for name in names}
-    groups = {**FLAG_GROUPS, "Others": tuple(name for name in known if name not in grouped)}
+    groups: dict[str, list[str]] = {}
+    for setting in fields(MuonConfig):
+        title = setting.metadata.get("group", "settings")
+        groups.setdefault(title, []).append(_flag_row(setting, hints[setting.name]))
     out = []
-    for title, names in groups.items():
-        rows = [_flag_row(known[name], hints[name]) for name in names if name in known]
-        if rows:
-            out += [
-                f"### {title}\n",
-                '<div class="flags" markdown>\n',
-                "| flag | values | default | meaning |",
-                "|---|---|---|---|",
-                *rows,
-                "\n</div>\n",
-            ]
+    for title, rows in groups.items():
+        head = ["| flag | values | default | meaning |", "|---|---|---|---|"]
+        out += [f"### {title[0].upper()}{title[1:]}\n", '<div class="flags" markdown>\n', *head, *rows, "\n</div>\n"]
     return "\n".join(out)
 
 
