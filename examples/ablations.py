@@ -1,15 +1,15 @@
-"""Two of Moonlight's findings on the demo's scale: the RMS that updates should have, and weight decay on or off.
+"""Two findings of Moonlight on the scale of the demo: which RMS updates should have, and weight decay on or off.
 
     make ablations                                        # or, in an environment that has the package:
     python examples/ablations.py --out runs/ablations
     python examples/ablations.py --parts momentum --seeds 3 --out runs/momentum
 
 Trains the demo's mini-Moonlight with Distributed Muon, once for each setting, from the same weights on the same bytes,
-4 ranks on this machine's CPU. Moonlight (arXiv 2502.16982, table 8) trains far larger models for far longer; here
-are some 300k bytes, so that only the large differences can be expected to come out alike. A third part is not
-Moonlight's: what a bf16 momentum buffer costs.
+4 ranks on this machine's CPU. Moonlight (arXiv 2502.16982, table 8) trains far larger models for far longer. Here a run
+sees about 300k bytes, so that only large differences can be expected to agree. A third part, what a bf16 momentum buffer
+costs, is not from Moonlight.
 Leaves results.json and ablations.png in the output directory; `--docs DIRECTORY` also writes ablations.md there.
-A second call with the same output directory goes on where the first one was interrupted.
+A second call with the same output directory continues where the first one was interrupted.
 """
 
 from __future__ import annotations
@@ -336,11 +336,11 @@ def document(results: Sequence[Result], steps: int) -> str:
     tokens = steps * demo.GLOBAL_BATCH * demo.SEQUENCE_LENGTH
     seeds = len({r.setting.seed for r in results})
     lines = [
-        "# Two findings of Moonlight's on the demo's scale, and momentum in bf16",
+        "# Ablations: two findings of Moonlight, and momentum in bf16",
         "",
-        f"`make ablations`: mini-Moonlight with Distributed Muon, {steps} steps, {tokens:,} bytes, {seeds} seed(s),",
-        f"learning rate {demo.LEARNING_RATE}; all settings from the same weights on the same bytes. Weight RMS is the",
-        "mean over Muon's matrices. Moonlight's losses (arXiv 2502.16982, table 8) are of a far larger training.",
+        f"`make ablations` trains the demo's model with Distributed Muon: {steps} steps, {tokens:,} bytes, {seeds} seed(s),",
+        f"learning rate {demo.LEARNING_RATE}; all settings start from the same weights and see the same bytes. Weight RMS is",
+        "the mean over Muon's matrices. Moonlight's losses (arXiv 2502.16982, table 8) come from far larger runs.",
         "",
         f"| {' | '.join(HEADINGS)} |",
         "|---:|---:|---|---:|---:|---:|",
@@ -350,9 +350,9 @@ def document(results: Sequence[Result], steps: int) -> str:
         "",
         "![loss over target RMS; loss by weight decay](ablations.png)",
         "",
-        "Seeds of such short runs differ by a few hundredths of a nat; smaller differences mean nothing. Moonlight's",
-        "weight decay moves weights by a few per cent in so few steps: what it is for, weights that stop growing over",
-        "a long run, shows in the column of weight RMS and with the tenfold decay.",
+        "Short runs with different seeds differ by a few hundredths of a nat; smaller differences mean nothing. In so few",
+        "steps, Moonlight's weight decay changes weights by a few per cent. Its purpose is that weights stop growing in a",
+        "long run; this is visible in the column of weight RMS, and with the tenfold decay.",
         "",
     ]
     return "\n".join(lines)
@@ -387,7 +387,7 @@ def main() -> None:
         console.print(f"[bold red]failed[/]: {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        console.print("interrupted; the ranks are stopped. The same command goes on with the runs that are left")
+        console.print("interrupted; the ranks are stopped. The same command continues with the remaining runs")
         sys.exit(130)
     saved: dict[str, Any] = {"steps": options.steps, "results": [asdict(r) for r in results]}
     (options.out / "results.json").write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")

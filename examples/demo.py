@@ -52,7 +52,7 @@ RUNS = {"adamw": [], "muon": ["--distributed-muon", "--muon-ns-dtype", "fp32"]}
 FP8_RECIPES = ("tensorwise", "delayed", "mxfp8")
 RUNS |= {f"muon_{recipe}": [*RUNS["muon"], "--muon-moe-fp8", recipe] for recipe in FP8_RECIPES}
 
-# The run that goes on from the Muon run's checkpoint, and what its layout changes.
+# The run that resumes from the checkpoint of the Muon run, and what its layout changes.
 RESUMED = "resumed"
 RESUMED_STEPS = 10
 LAYOUTS = ("TP2 x EP2 x DP2", "TP1 x EP4 x DP4")
@@ -134,7 +134,7 @@ def saving_flags(steps: int, checkpoint: Path) -> list[str]:
 
 
 def resuming_flags(flags: Sequence[str], steps: int, checkpoint: Path, tensorboard: Path) -> list[str]:
-    """The flags of a run that goes on from a checkpoint at another layout. Where a flag repeats, the last one counts.
+    """The flags of a run that resumes from a checkpoint at another layout. Where a flag repeats, the last one counts.
 
     Args:
         flags: The run's that is saved, without `saving_flags`.
@@ -264,7 +264,7 @@ def run_demo(runs: Sequence[str], steps: int, lr: float, out: Path, console: Con
 
     Raises:
         ValueError: If `steps` or `lr` is out of range.
-        RunFailed: If a training run exits with an error, or the resumed run did not go on where it should.
+        RunFailed: If a training run exits with an error, or the resumed run did not start at the right step.
     """
     corpus, checkpoint = out / "corpus", out / "checkpoint"
     flags = {

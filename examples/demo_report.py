@@ -46,7 +46,7 @@ class RunLog:
         optimizer_s: Seconds of the optimizer's part of it, on the slowest rank: gradient clipping, the update and the
             gathering of updated parameters.
         state_bytes: For each rank, the bytes its optimizers keep from step to step, by the optimizers' class names.
-            Empty while the run goes on.
+            Empty while the run is active.
     """
 
     train_loss: Mapping[int, float] = field(default_factory=dict)
