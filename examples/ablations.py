@@ -5,9 +5,9 @@
     python examples/ablations.py --parts momentum --seeds 3 --out runs/momentum
 
 Trains the demo's mini-Moonlight with Distributed Muon, once for each setting, from the same weights on the same bytes,
-4 ranks on this machine's CPU. Moonlight (arXiv 2502.16982, table 8) trains far larger models for far longer. Here a run
-sees about 300k bytes, so that only large differences can be expected to agree. A third part, what a bf16 momentum buffer
-costs, is not from Moonlight.
+4 ranks on this machine's CPU. Moonlight (arXiv 2502.16982, table 8) trains far larger models for far longer. Here a
+run sees about 300k bytes, so that only large differences can be expected to agree. A third part, what a bf16 momentum
+buffer costs, is not from Moonlight.
 Leaves results.json and ablations.png in the output directory; `--docs DIRECTORY` also writes ablations.md there.
 A second call with the same output directory continues where the first one was interrupted.
 """
@@ -338,9 +338,10 @@ def document(results: Sequence[Result], steps: int) -> str:
     lines = [
         "# Ablations: two findings of Moonlight, and momentum in bf16",
         "",
-        f"`make ablations` trains the demo's model with Distributed Muon: {steps} steps, {tokens:,} bytes, {seeds} seed(s),",
-        f"learning rate {demo.LEARNING_RATE}; all settings start from the same weights and see the same bytes. Weight RMS is",
-        "the mean over Muon's matrices. Moonlight's losses (arXiv 2502.16982, table 8) come from far larger runs.",
+        f"`make ablations` trains the demo's model with Distributed Muon: {steps} steps, {tokens:,} bytes,",
+        f"{seeds} seed(s), learning rate {demo.LEARNING_RATE}; all settings start from the same weights and see the",
+        "same bytes. Weight RMS is the mean over Muon's matrices. Moonlight's losses (arXiv 2502.16982, table 8)",
+        "come from far larger runs.",
         "",
         f"| {' | '.join(HEADINGS)} |",
         "|---:|---:|---|---:|---:|---:|",
@@ -350,9 +351,9 @@ def document(results: Sequence[Result], steps: int) -> str:
         "",
         "![loss over target RMS; loss by weight decay](ablations.png)",
         "",
-        "Short runs with different seeds differ by a few hundredths of a nat; smaller differences mean nothing. In so few",
-        "steps, Moonlight's weight decay changes weights by a few per cent. Its purpose is that weights stop growing in a",
-        "long run; this is visible in the column of weight RMS, and with the tenfold decay.",
+        "Short runs with different seeds differ by a few hundredths of a nat; smaller differences mean nothing. In",
+        "so few steps, Moonlight's weight decay changes weights by a few per cent. Its purpose is that weights stop",
+        "growing in a long run; this is visible in the column of weight RMS, and with the tenfold decay.",
         "",
     ]
     return "\n".join(lines)
