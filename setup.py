@@ -18,16 +18,19 @@ setup(
     install_requires=["torch>=2.8", "megatron-core>=0.19.2,<0.20", "psutil>=5.9", "PyYAML>=6", "rich>=13"],
     extras_require={
         # What `make demo` needs beyond the plugin: plots and TensorBoard's event files.
-        "demo": ["matplotlib>=3.8", "tensorboard>=2.16"],
+        "demo": ["matplotlib>=3.8", "tensorboard>=2.16", "vl-convert-python>=1.9"],
         # NVML's counters, clocks and power; everything else of `megatron_muon.profile` works without.
-        "profile": ["matplotlib>=3.8", "nvidia-ml-py>=12.570"],
+        "profile": ["nvidia-ml-py>=12.570"],
+        # The page of `megatron_muon report`: charts, and losses from TensorBoard's files.
+        "report": ["tensorboard>=2.16", "vl-convert-python>=1.9"],
         "te": ["transformer-engine[core_cu13,pytorch]>=2.20,<3"],
         # `make docs`.
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1"],
         "kernels": ["emerging-optimizers>=0.3,<0.4"],
         "test": [
             *("einops>=0.8", "hypothesis>=6", "jsonschema>=4.18", "mypy>=1.15", "nvidia-ml-py>=12.570"),
-            *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.17"),
+            *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.17", "tensorboard>=2.16"),
+            "vl-convert-python>=1.9",
         ],
     },
 )

@@ -34,7 +34,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from megatron_muon.observe import metrics_report as report
+from megatron_muon.observe.metric_names import FILE_NAME
+from megatron_muon.profile.run_files import read_metrics
 
 # Target RMS -> training loss in Moonlight's table 8.
 MOONLIGHT = {0.05: 3.355, 0.1: 3.239, 0.2: 3.198, 0.4: 3.199, 0.8: 3.386}
@@ -227,7 +228,7 @@ def run_all(chosen: Sequence[Setting], steps: int, out: Path, console: Console) 
 def result_of(setting: Setting, log: demo_report.RunLog, directory: Path) -> Result:
     """A finished run's result, from what it logged."""
     last = sorted(log.train_loss)[-max(1, len(log.train_loss) // 10) :]
-    matrices = report.read(report.find(directory))[-1]["matrices"]
+    matrices = read_metrics(next(directory.rglob(FILE_NAME)))[-1]["matrices"]
     return Result(
         setting,
         dict(log.validation_loss),

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_muon.checkpoints import command as checkpoints
 from megatron_muon.estimate import command as plan
-from megatron_muon.observe import metrics_report as report
+from megatron_muon.profile import report_command as report
 
 # Each adds its parser, whose default `run` is its action. They import torch only when run.
 SUBCOMMANDS: tuple[Callable[[Any], argparse.ArgumentParser], ...] = (

@@ -161,13 +161,6 @@ class MuonConfig:
         default="",
         metadata={"help": "where the ranks' traces are written; empty: muon_profile in the TensorBoard directory"},
     )
-    profile_links: str = field(
-        default="",
-        metadata={
-            "help": "file of `python -m megatron_muon.profile links`, whose rates profiles are compared with",
-            "is_file": True,
-        },
-    )
     init_from_adamw: InitFromAdamW = field(
         default="refuse",
         metadata={

@@ -8,18 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.observe.timing.peaks import Ceiling, Peaks, RunFacts
-from megatron_muon.observe.timing.ranks import Product, RankStep, Transfer
+from megatron_muon.observe.timing.peaks import Ceiling, RunFacts
+from megatron_muon.observe.timing.ranks import RankStep, Transfer
 from megatron_muon.observe.timing.recording import Recorded, Span
 from megatron_muon.observe.timing.trace import TraceFile, file_name
 
-PEAKS = Peaks(
-    link=Ceiling(50e9, "H100 data sheet, network"),
-    measured_link=Ceiling(40e9, "measured, links.json"),
-    measured_all_gather=None,
-    flops=Ceiling(989e12, "H100 data sheet"),
-    memory=Ceiling(3.35e12, "H100 data sheet"),
-)
+LINK = Ceiling(40e9, "measured links")
+FLOPS = Ceiling(989e12, "H100 data sheet")
 
 
 def facts(*, device_type: str = "cuda", world_size: int = 2, rounds: int = 4, **muon: Any) -> RunFacts:
@@ -30,7 +25,8 @@ def facts(*, device_type: str = "cuda", world_size: int = 2, rounds: int = 4, **
         world_size=world_size,
         rounds=rounds,
         overlap_param_gather=False,
-        peaks=PEAKS,
+        link=LINK,
+        flops=FLOPS,
         settings=asdict(MuonConfig(**muon)),
     )
 
@@ -68,7 +64,6 @@ def rank_record(rank: int, step: int, **changes: Any) -> RankStep:
             Transfer("dense 0 gather 0", "gather", 8_000_000, 4.0),
             Transfer("dense 0 scatter 0", "scatter", 6_000_000, 2.0),
         ),
-        products=(Product(6_000_000_000, 10_000_000, 3.0),),
         in_flight_ms=6.0,
         exposed_ms=3.0,
         sent_bytes=14_000_000,

@@ -1,11 +1,13 @@
 """Chrome's trace event format, as far as traces here use it, as a JSON schema.
 
 Source: "Trace Event Format", https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU: JSON
-object format, complete events (X), nestable asynchronous events (b, e) and metadata (M).
+array format, complete events (X), nestable asynchronous events (b, e) and metadata (M).
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 _COMMON: dict[str, Any] = {
@@ -30,26 +32,23 @@ def _event(ph: str, required: tuple[str, ...], **properties: Any) -> dict[str, A
 
 SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
-    "type": "object",
-    "required": ["traceEvents"],
-    "properties": {
-        "displayTimeUnit": {"enum": ["ms", "ns"]},
-        "otherData": {"type": "object"},
-        "traceEvents": {
-            "type": "array",
-            "minItems": 1,
-            "items": {
-                "type": "object",
-                "required": ["ph"],
-                "properties": {"ph": {"enum": ["X", "b", "e", "M"]}},
-                "allOf": [
-                    _event("X", ("cat", "ts", "dur"), cat={"type": "string"}, ts=_TIME, dur=_TIME),
-                    _event("b", ("cat", "id", "ts"), cat={"type": "string"}, id={"type": "string"}, ts=_TIME),
-                    _event("e", ("cat", "id", "ts"), cat={"type": "string"}, id={"type": "string"}, ts=_TIME),
-                    _event("M", ("args",)),
-                ],
-            },
-        },
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "type": "object",
+        "required": ["ph"],
+        "properties": {"ph": {"enum": ["X", "b", "e", "M"]}},
+        "allOf": [
+            _event("X", ("cat", "ts", "dur"), cat={"type": "string"}, ts=_TIME, dur=_TIME),
+            _event("b", ("cat", "id", "ts"), cat={"type": "string"}, id={"type": "string"}, ts=_TIME),
+            _event("e", ("cat", "id", "ts"), cat={"type": "string"}, id={"type": "string"}, ts=_TIME),
+            _event("M", ("args",)),
+        ],
     },
-    "additionalProperties": False,
 }
+
+
+def load_events(path: Path) -> list[dict[str, Any]]:
+    """The events of a trace, as a viewer reads it: the array's closing bracket may be missing."""
+    content: list[dict[str, Any]] = json.loads(path.read_text().rstrip().rstrip(",") + "]")
+    return content

@@ -9,8 +9,11 @@ from typing import Any, Literal, Protocol, get_args
 import torch.distributed as dist
 from torch.profiler import record_function
 
-Busy = Literal["momentum", "pack", "wait", "unpack", "teams", "newton_schulz", "second_moment", "apply", "param_gather"]
-"""What a rank does, one after the other. `wait` is for a collective of the exchange that has not completed yet."""
+Busy = Literal[
+    "momentum", "pack", "wait", "unpack", "teams", "newton_schulz", "second_moment", "apply", "metrics", "param_gather"
+]
+"""What a rank does, one after the other. `wait` is for a collective of the exchange that has not completed yet,
+`metrics` measures what a logged step logs."""
 Flight = Literal["gather", "exchange", "scatter"]
 """Transfers that are under way while a rank does something; an `exchange` carries a gather and a scatter."""
 

@@ -1,7 +1,8 @@
-"""What a step that is logged measures on this rank. Knows no ranks but those that an exchange is over.
+"""What a logged step measures on this rank.
 
-A `Recorder` hangs on a `ShardedMuon` for one step. It keeps sums on the device, and turns them into numbers once the
-step is over; a rank's numbers are shares of sums over all ranks, which `combine` puts together.
+A `Recorder` observes one step of a `ShardedMuon`. It keeps sums on the device and turns them into numbers once the step
+is over. A rank's numbers are its shares of sums over all ranks, which `combine` adds up. The work of measuring is a
+phase of its own, `metrics`, so that a profile of the same step does not count it as Muon's.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ class Recorder:
 
     Attributes:
         muon: The optimizer's settings.
-        names: Parameter index -> name in the whole model.
-        exchange: The optimizer's.
-        bytes_before: What this rank had sent when the step began.
+        names: Name of each parameter in the whole model, by index.
+        exchange: Exchange of the optimizer.
+        bytes_before: Bytes that this rank had sent when the step began.
     """
 
     muon: MuonConfig
@@ -58,9 +59,10 @@ class Recorder:
         return ".".join(filter(None, (self.names.get(index, spec.name), label)))
 
     def slices(self, quantity: str, values: Mapping[int, Tensor], elements: Mapping[int, SliceElements]) -> None:
-        """As `StepObserver` has it."""
-        for index, value in values.items():
-            self._slice_squares(quantity, index, elements[index], value)
+        """See `StepObserver`."""
+        with self.exchange.watch.phase("metrics"):
+            for index, value in values.items():
+                self._slice_squares(quantity, index, elements[index], value)
 
     def _slice_squares(self, quantity: str, index: int, elements: SliceElements, values: Tensor) -> None:
         """Adds a slice's squares to the sums of the parameter's parts, and with `update_sq` counts its elements.
@@ -85,7 +87,7 @@ class Recorder:
                 self._found.append((name, "numel", count[part_index]))
 
     def learning_rates(self, rates: Mapping[int, float]) -> None:
-        """As `StepObserver` has it; each part of a parameter has the parameter's rate."""
+        """See `StepObserver`; each part of a parameter has the parameter's rate."""
         for index, lr in rates.items():
             for part in range(len(self.exchange.plan.matrices[index].spec.parts)):
                 self._found.append((self.name(index, part), "lr", torch.tensor(lr, dtype=torch.float64)))
@@ -99,13 +101,13 @@ class Recorder:
             views: The updates of whole logical matrices, already scaled; not mutated.
         """
         name = self.name(index, part)
-        for view in views:
-            rows, cols = view.shape
-            o = view.float() / owner_factor(rows, cols, self.muon)
-            gram = o @ o.mT if rows <= cols else o.mT @ o
-            gram.diagonal().sub_(1.0)
-            self._found.append((name, "orthogonality_sq", gram.double().square_().sum() / min(rows, cols)))
-            self._found.append((name, "orthogonality_count", torch.ones((), dtype=torch.float64)))
+        with self.exchange.watch.phase("metrics"):
+            for view in views:
+                rows, cols = view.shape
+                gram = _short_gram(view.float() / owner_factor(rows, cols, self.muon))
+                gram.diagonal().sub_(1.0)
+                self._found.append((name, "orthogonality_sq", gram.double().square_().sum() / min(rows, cols)))
+                self._found.append((name, "orthogonality_count", torch.ones((), dtype=torch.float64)))
 
     @contextmanager
     def newton_schulz(self) -> Iterator[None]:
@@ -176,15 +178,23 @@ def spectrum(matrix: Tensor) -> dict[str, Tensor]:
     """Stable rank and SVD entropy of a matrix.
 
     Stable rank is |W|_F^2 / sigma_1^2. The entropy is that of the squared singular values over their sum, divided by
-    its largest value: 1 if all are equal, 0 if one is all there is. Source: arXiv 2502.16982.
+    its largest value: 1 if all are equal, 0 if only one is not zero. Source: arXiv 2502.16982.
+
+    The squares are the eigenvalues of the Gram matrix on the short side: a decomposition of min(rows, cols)^3, where
+    singular values would take many times that. Squares below 1e-7 of the largest are lost, which neither number sees.
 
     Args:
-        matrix: 2-D, fp32; not mutated. A zero matrix has NaN for both.
+        matrix: 2-D, fp32; not mutated. A zero matrix gives NaN for both.
     """
-    squares = torch.linalg.svdvals(matrix).double().square()
+    squares = torch.linalg.eigvalsh(_short_gram(matrix).double()).clamp_min_(0.0)
     share = squares / squares.sum()
     entropy = -torch.special.xlogy(share, share).sum() / max(math.log(len(share)), 1e-12)
-    return {"stable_rank": squares.sum() / squares[0], "svd_entropy": entropy}
+    return {"stable_rank": squares.sum() / squares[-1], "svd_entropy": entropy}
+
+
+def _short_gram(matrix: Tensor) -> Tensor:
+    """The Gram matrix on the shorter side."""
+    return matrix @ matrix.mT if matrix.shape[0] <= matrix.shape[1] else matrix.mT @ matrix
 
 
 def combine(shares: Iterable[Sums]) -> dict[str, dict[str, float]]:
@@ -217,7 +227,7 @@ def combine(shares: Iterable[Sums]) -> dict[str, dict[str, float]]:
 
 
 def summarize_ranks(spent: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """What the slowest rank, or the busiest, spent, and how that compares with the mean."""
+    """The largest value over the ranks, and its ratio to the mean."""
     out = {}
     for key in ("ns_ms", "ns_flops", "sent_bytes"):
         values = [rank[key] for rank in spent]

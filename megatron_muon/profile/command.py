@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_muon.profile.settings import BACKENDS, DTYPE_BYTES, GROUP_KINDS, SWEPT, LinkSettings, Sweep
+from megatron_muon.profile import inspector, report_command
+from megatron_muon.profile.settings import BACKENDS, COLLECTIVES, GROUP_KINDS, LinkSettings
 
 _SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -18,32 +19,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the subcommand named in `argv` (default: the process's arguments) and returns its exit code.
 
     Raises:
-        SystemExit: If the command line is bad, or help is asked for.
+        SystemExit: If the command line is invalid, or help is asked for.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["report"]:
-        # It has a parser of its own.
-        from megatron_muon.profile import profile_report as report
-
-        return report.main(words[1:])
-    args = _parser().parse_args(words)
-    return int(args.run(args))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="megatron_muon.profile", description="Bandwidth profiling.")
+    parser = argparse.ArgumentParser(prog="python -m megatron_muon.profile", description="Bandwidth of links and runs.")
     subparsers = parser.add_subparsers(title="subcommands", required=True, metavar="SUBCOMMAND")
     _add_links_parser(subparsers)
-    subparsers.add_parser("report", help="merge what a run with --muon-profile wrote into one HTML page")
-    _add_facts_parser(subparsers)
-    return parser
+    report_command.add_parser(subparsers)
+    inspector.add_parser(subparsers)
+    args = parser.parse_args(argv)
+    return int(args.run(args))
 
 
 def size_bytes(text: str) -> int:
     """A size as nccl-tests takes it: a number, with K, M or G for powers of 1024; 0 is allowed.
 
     Raises:
-        ArgumentTypeError: If it is none.
+        ArgumentTypeError: If it is not one.
     """
     suffix = text[-1:].upper()
     number, factor = (text[:-1], _SUFFIXES[suffix]) if suffix in _SUFFIXES else (text, 1)
@@ -59,15 +50,16 @@ def size_bytes(text: str) -> int:
 def _add_links_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "links",
-        help="measure collectives over a layout's process groups, as nccl-tests does",
+        help="measure a layout's process groups, a plan's exchange on them, and every pair of ranks",
         description=(
-            "Measures the collectives of Distributed Muon and its neighbours over a layout's process groups. Run it "
-            "under torchrun with as many processes as the layout has ranks: one for each GPU, or over Gloo on a CPU."
+            "Measures what Distributed Muon's exchange reaches on the process groups of a layout, and which ranks and "
+            "links are slow. Start it with torchrun as the run is started, one process for each GPU; over Gloo it runs "
+            "on CPUs. For everything else about collectives, use NVIDIA's nccl-tests."
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.set_defaults(run=_run_links)
-    defaults = {f.name: f.default for f in (*dataclasses.fields(LinkSettings), *dataclasses.fields(Sweep))}
+    defaults = {f.name: f.default for f in dataclasses.fields(LinkSettings)}
 
     def add(group: Any, *flags: str, **settings: Any) -> None:
         group.add_argument(*flags, default=defaults[flags[-1][2:].replace("-", "_")], **settings)
@@ -79,57 +71,29 @@ def _add_links_parser(subparsers: Any) -> None:
     add(layout, "--instances", type=int, metavar="N", help="distributed-optimizer instances")
     what = parser.add_argument_group("what to measure")
     add(what, "--groups", nargs="+", choices=GROUP_KINDS, help="None: all of more than one rank")
-    add(what, "--collectives", nargs="*", choices=SWEPT, help="those swept over sizes")
-    add(what, "--model", help="whose plan gives all_to_allv its split sizes: as for `megatron_muon plan`")
-    add(what, "--traffic", type=Path, metavar="FILE", help="split sizes that --save-traffic or a run recorded")
-    add(what, "--save-traffic", type=Path, metavar="FILE", help="write the split sizes of --model's plan")
-    add(what, "--exchange-dtype", help="of --model's plan, bf16 or fp32; None: Muon's default")
-    add(what, "--rounds", type=int, metavar="N", help="measure the N rounds of the plan that move most")
+    add(what, "--collectives", nargs="*", choices=COLLECTIVES, help="collectives that are swept over sizes")
+    add(what, "--model", help="model whose plan is replayed, as for `megatron_muon plan`")
+    add(what, "--exchange-dtype", help="dtype of the model's exchange, bf16 or fp32; None: Muon's default")
+    add(what, "--transfers", type=int, metavar="N", help="measure the N transfers of the plan that move most")
     add(what, "--pair-bytes", type=size_bytes, metavar="SIZE", help="between every two ranks; 0: leave them out")
     how = parser.add_argument_group("how, with nccl-tests' letters")
     add(how, "-b", "--min-bytes", type=size_bytes, metavar="SIZE", help="smallest size")
     add(how, "-e", "--max-bytes", type=size_bytes, metavar="SIZE", help="largest size")
-    add(how, "-f", "--factor", type=int, metavar="N", help="from one size to the next")
-    add(how, "-d", "--dtype", choices=tuple(DTYPE_BYTES), help="of the elements")
     add(how, "-w", "--warmup", type=int, metavar="N", help="calls before those that are timed")
     add(how, "-n", "--iterations", type=int, metavar="N", help="calls that are timed")
     add(how, "--backend", choices=BACKENDS, help="auto: nccl where CUDA works, else gloo")
-    output = parser.add_argument_group("output")
-    add(output, "--json", type=Path, metavar="FILE", help="write everything, with each rank's times")
-    add(output, "--plot", type=Path, metavar="FILE", help="draw bus bandwidth over size")
-    add(output, "--flight-recorder", type=Path, metavar="DIR", help="write each rank's Flight Recorder dump")
+    add(how, "--json", type=Path, metavar="FILE", help="write the links file for --muon-links and `plan --links`")
 
 
 def _run_links(args: argparse.Namespace) -> int:
     from megatron_muon.profile import links_command
 
     values = {key: value for key, value in vars(args).items() if key != "run"}
+    for name in ("groups", "collectives"):
+        values[name] = None if values[name] is None else tuple(values[name])
     try:
-        sweep = Sweep(**{f.name: values.pop(f.name) for f in dataclasses.fields(Sweep)})
-        for name in ("groups", "collectives"):
-            values[name] = None if values[name] is None else tuple(values[name])
-        settings = LinkSettings(sweep=sweep, **values)
+        settings = LinkSettings(**values)
     except ValueError as error:
-        print(f"links: {error}", file=sys.stderr)
+        print(f"megatron_muon links: {error}", file=sys.stderr)
         return 2
     return links_command.run(settings)
-
-
-def _add_facts_parser(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
-        "facts",
-        help="read Flight Recorder dumps, NCCL Inspector files and NCCL_DEBUG=INFO logs",
-        description=(
-            "Sums up what NCCL and torch wrote into a directory: Flight Recorder dumps (JSON or pickle), NCCL "
-            "Inspector JSON lines, NCCL_DEBUG=INFO logs. Files are recognized by their content."
-        ),
-    )
-    parser.add_argument("directory", metavar="DIR", type=Path, help="searched with all below it")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything")
-    parser.set_defaults(run=_run_facts)
-
-
-def _run_facts(args: argparse.Namespace) -> int:
-    from megatron_muon.profile import nccl_facts
-
-    return nccl_facts.run(args.directory, args.json)

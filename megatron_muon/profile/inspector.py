@@ -1,37 +1,79 @@
-"""NCCL Inspector's files: a JSON object for each collective that a rank finished, with its time and bandwidth.
+"""`profile inspector DIR`: sums up the files of NCCL Inspector, which hold NCCL's own bandwidth of each collective.
 
+What is in such files is not trusted: text is printed without control characters and without markup.
 Source: NVIDIA/nccl, plugins/profiler/inspector (before: ext-profiler/inspector), README, format v4.0.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 KNOWN_VERSIONS = ("v4.0",)
 
 
+def add_parser(subparsers: Any) -> None:
+    """Adds the subcommand `inspector`."""
+    parser = subparsers.add_parser(
+        "inspector", help="bandwidths and late ranks from NCCL Inspector's files", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("directory", metavar="DIR", type=Path, help="NCCL_INSPECTOR_DUMP_DIR of one job")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Returns 0; 1 if a file is damaged; 2 if there is nothing to read. Messages are on standard error."""
+    from megatron_muon.observe.console import console, print_list, printable
+
+    records: list[Record] = []
+    notes: list[str] = []
+    problems: list[str] = []
+    for path in sorted(p for p in args.directory.rglob("*") if p.is_file()):
+        try:
+            found, more = load_records(path)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+        else:
+            records += found
+            notes += more
+    if not records and not problems:
+        problems.append(f"DIR: got {args.directory}, expected a directory with files of NCCL Inspector")
+    if records:
+        to = console()
+        to.print(summary_table(records))
+        for late in late_ranks(records):
+            notes.append(
+                f"communicator {late.communicator}: rank {late.rank} on {late.host} came last in {late.times_last} of "
+                f"{late.count} collectives; the others waited {late.waited_us:.0f} us for it (median)"
+            )
+        print_list(to, notes)
+    for problem in problems:
+        print(f"megatron_muon inspector: {printable(problem)}", file=sys.stderr)
+    return 0 if not problems else 1 if records else 2
+
+
 @dataclass(frozen=True)
-class Operation:
-    """A collective as one rank saw it.
+class Record:
+    """A collective as one rank recorded it.
 
     Attributes:
-        communicator: Its hash.
-        rank: Within the communicator.
-        num_ranks: Of the communicator.
-        num_nodes: Of the communicator.
-        host: Where the rank runs.
-        collective: NCCL's name.
-        sequence: Number within the communicator.
-        size_bytes: Of the message.
-        time_us: From start to end on this rank.
-        timing: How it was timed, such as `kernel_gpu`; "" if the file does not say.
-        algbw_gbps: As NCCL reckons it.
-        busbw_gbps: As NCCL reckons it.
+        communicator: Hash of the communicator.
+        rank: Rank within the communicator.
+        num_ranks: Number of ranks in the communicator.
+        num_nodes: Number of nodes in the communicator.
+        host: Host of the rank.
+        collective: NCCL's name of it.
+        sequence: Running number within the communicator.
+        size_bytes: Size of the message.
+        time_us: Time from start to end on this rank.
+        busbw_gbps: Bus bandwidth as NCCL computes it, in GB/s.
     """
 
     communicator: str
@@ -43,19 +85,17 @@ class Operation:
     sequence: int
     size_bytes: int
     time_us: float
-    timing: str
-    algbw_gbps: float
     busbw_gbps: float
 
 
-def load_operations(path: Path) -> tuple[list[Operation], list[str]]:
+def load_records(path: Path) -> tuple[list[Record], list[str]]:
     """Reads a file; a last line that was cut off is left out.
 
     Returns:
-        The operations, and what a reader should know of the file.
+        The records, and notes about the file.
 
     Raises:
-        ValueError: If it is none of Inspector's.
+        ValueError: If the file was not written by NCCL Inspector.
     """
     out, notes = [], []
     versions = set()
@@ -63,13 +103,13 @@ def load_operations(path: Path) -> tuple[list[Operation], list[str]]:
         broken = 0
         for number, line in enumerate(lines, start=1):
             if broken:
-                raise ValueError(f"{path}: line {broken} is no record of NCCL Inspector; remove it")
+                raise ValueError(f"{path}: line {broken} is not a record of NCCL Inspector; remove it")
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
                 header, metadata, performance = record["header"], record["metadata"], record["coll_perf"]
-                operation = Operation(
+                made = Record(
                     communicator=str(header["id"]),
                     rank=int(header["rank"]),
                     num_ranks=int(header["n_ranks"]),
@@ -79,15 +119,13 @@ def load_operations(path: Path) -> tuple[list[Operation], list[str]]:
                     sequence=int(performance["coll_sn"]),
                     size_bytes=int(performance["coll_msg_size_bytes"]),
                     time_us=float(performance["coll_exec_time_us"]),
-                    timing=str(performance.get("coll_timing_source", "")),
-                    algbw_gbps=float(performance["coll_algobw_gbs"]),
                     busbw_gbps=float(performance["coll_busbw_gbs"]),
                 )
                 versions.add(str(metadata["inspector_output_format_version"]))
             except (ValueError, KeyError, TypeError, AttributeError):
                 broken = number
                 continue
-            out.append(operation)
+            out.append(made)
     if not out:
         raise ValueError(f"{path}: got no record of NCCL Inspector, expected a JSON object in each line")
     if broken:
@@ -98,59 +136,33 @@ def load_operations(path: Path) -> tuple[list[Operation], list[str]]:
     return out, notes
 
 
-@dataclass(frozen=True)
-class Summary:
-    """Operations that are alike, over all communicators of a shape.
+def summary_table(records: Sequence[Record]) -> Any:
+    """Medians and the lowest bandwidth by collective, shape of the communicator and size."""
+    from megatron_muon.observe.console import table
 
-    Attributes:
-        collective: NCCL's name.
-        num_ranks: Of each communicator.
-        num_nodes: Of each communicator.
-        size_bytes: Of the message.
-        count: Records.
-        median_us: Of their times.
-        median_busbw_gbps: Of their bus bandwidths.
-        lowest_busbw_gbps: Of their bus bandwidths.
-    """
-
-    collective: str
-    num_ranks: int
-    num_nodes: int
-    size_bytes: int
-    count: int
-    median_us: float
-    median_busbw_gbps: float
-    lowest_busbw_gbps: float
-
-
-def summaries(operations: Sequence[Operation]) -> list[Summary]:
-    """By collective, shape of the communicator and size."""
-    groups: dict[tuple[str, int, int, int], list[Operation]] = defaultdict(list)
-    for o in operations:
-        groups[o.collective, o.num_ranks, o.num_nodes, o.size_bytes].append(o)
-    return [
-        Summary(
-            *key,
-            count=len(group),
-            median_us=median(o.time_us for o in group),
-            median_busbw_gbps=median(o.busbw_gbps for o in group),
-            lowest_busbw_gbps=min(o.busbw_gbps for o in group),
-        )
-        for key, group in sorted(groups.items())
-    ]
+    alike: dict[tuple[str, int, int, int], list[Record]] = defaultdict(list)
+    for record in records:
+        alike[record.collective, record.num_ranks, record.num_nodes, record.size_bytes].append(record)
+    rows = []
+    for (collective, ranks, nodes, size), own in sorted(alike.items()):
+        busbw = [record.busbw_gbps for record in own]
+        times = f"{median(record.time_us for record in own):.0f}"
+        rows.append((collective, ranks, nodes, size, len(own), times, f"{median(busbw):.1f}", f"{min(busbw):.1f}"))
+    numbers = ("ranks", "nodes", "bytes", "records", "median us", "median busbw (GB/s)", "lowest busbw (GB/s)")
+    return table(("collective", *numbers), rows, title=f"NCCL Inspector: {len(records)} records", numbers=numbers)
 
 
 @dataclass(frozen=True)
 class LateRank:
-    """Who came last in a communicator most often: the one that waited least, so that its own time is the shortest.
+    """The rank of a communicator that came last most often: it waits for nobody, so its own time is the shortest.
 
     Attributes:
-        communicator: Its hash.
-        rank: Within it.
-        host: Where the rank runs.
-        times_last: In how many collectives it was the shortest.
-        count: Collectives that several ranks recorded.
-        waited_us: Median of what the others' mean exceeded it by, in those.
+        communicator: Hash of the communicator.
+        rank: Rank within the communicator.
+        host: Host of the rank.
+        times_last: Number of collectives in which its time was the shortest.
+        count: Number of collectives that several ranks recorded.
+        waited_us: Median, over these, of the mean time of the others minus its own.
     """
 
     communicator: str
@@ -161,10 +173,10 @@ class LateRank:
     waited_us: float
 
 
-def late_ranks(operations: Sequence[Operation]) -> list[LateRank]:
+def late_ranks(records: Sequence[Record]) -> list[LateRank]:
     """For each communicator of which several ranks recorded the same collectives."""
-    matched: dict[str, dict[int, dict[int, Operation]]] = defaultdict(lambda: defaultdict(dict))
-    for o in operations:
+    matched: dict[str, dict[int, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
+    for o in records:
         matched[o.communicator][o.sequence][o.rank] = o
     out = []
     for communicator, by_sequence in sorted(matched.items()):

@@ -1,30 +1,26 @@
-"""Runs `links` on every rank: checks, groups, measurements, and what rank 0 prints and writes of them."""
+"""Runs `profile links` on every rank: checks, groups, measurements, and what rank 0 prints and writes of them."""
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.estimate.stages import Layout
-from megatron_muon.observe.nvml import open_current_device
-from megatron_muon.profile import flight_recorder, links_table
-from megatron_muon.profile.busbw import Collective
-from megatron_muon.profile.collectives import OPERATIONS, PLACEMENTS, Operation
-from megatron_muon.profile.links import Meter, Row
-from megatron_muon.profile.nvml_topology import topology_lines
-from megatron_muon.profile.pairs import Pairs, measure_pairs
+from megatron_muon.observe.console import console, print_list, table
+from megatron_muon.plan.links_file import LinkFigures, MeasuredLinks
+from megatron_muon.profile.measure import Meter, Timing
+from megatron_muon.profile.pairs import SUSPICIOUS, Pairs, measure_pairs
 from megatron_muon.profile.process_groups import (
     Groups,
     choose_kinds,
@@ -34,17 +30,20 @@ from megatron_muon.profile.process_groups import (
     release_groups,
 )
 from megatron_muon.profile.settings import GroupKind, LinkSettings
-from megatron_muon.profile.traffic import Traffic, load_traffic, model_traffic, save_traffic
+from megatron_muon.profile.traffic import Traffic, model_traffic
+
+# So many of the slowest pairs are shown.
+_SHOWN_PAIRS = 10
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a rank is about to do; the same on all of them.
+    """What a rank is about to measure; the same on all ranks.
 
     Attributes:
-        layout: Of the world.
-        kinds: Of groups, to be measured.
-        traffic: Exchanges to be measured.
+        layout: Layout of the world.
+        kinds: Kinds of groups.
+        traffic: Exchanges.
     """
 
     layout: Layout
@@ -52,34 +51,47 @@ class Request:
     traffic: tuple[Traffic, ...]
 
 
-def run(settings: LinkSettings, operations: Mapping[Collective, Operation] = OPERATIONS) -> int:
+@dataclass(frozen=True)
+class Found:
+    """What was measured; the same on all ranks.
+
+    Attributes:
+        timings: Collectives, those of a plan's exchange first.
+        pairs: Every two ranks; None if they were left out.
+        links: The content of the planner's file.
+    """
+
+    timings: tuple[Timing, ...]
+    pairs: Pairs | None
+    links: MeasuredLinks
+
+
+def run(settings: LinkSettings) -> int:
     """Measures, prints and writes. Collective over the world that torchrun's environment describes.
 
-    Args:
-        settings: What to do.
-        operations: What is measured; a seam for tests.
-
     Returns:
-        The exit code: 0; 1 if an element was wrong or a file could not be written, on every rank but for a rank's own
-        dump; 2 on every rank if the settings do not fit, which a line on standard error explains.
+        The exit code: 0; 1 if the file could not be written; 2 on every rank if the settings do not fit the world or
+        the ranks disagree, which a line on standard error explains.
     """
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     try:
         request = prepare(settings, world_size)
-    except ValueError as error:
-        if rank == 0:
-            print(f"links: {error}", file=sys.stderr)
-        return 2
-    with _world(settings) as device:
-        try:
-            _agree(settings, request, rank)
-        except RuntimeError as error:
+        with _world(settings) as device:
+            _agree(settings, request)
+            found = measure(settings, request, device)
             if rank == 0:
-                print(f"links: {error}", file=sys.stderr)
-            return 2
-        code = _measure(settings, request, device, operations)
-    # Once the group is gone, every call has been recorded as complete.
-    return max(code, _write_dump(settings.flight_recorder, rank)) if settings.flight_recorder else code
+                show(found, request, console())
+    except (ValueError, RuntimeError) as error:
+        if rank == 0:
+            print(f"megatron_muon links: {error}", file=sys.stderr)
+        return 2
+    if rank == 0 and settings.json is not None:
+        try:
+            settings.json.write_text(json.dumps(found.links.to_json(), indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            print(f"megatron_muon links: --json: cannot write {settings.json}: {error}", file=sys.stderr)
+            return 1
+    return 0
 
 
 def prepare(settings: LinkSettings, world_size: int) -> Request:
@@ -88,48 +100,29 @@ def prepare(settings: LinkSettings, world_size: int) -> Request:
     Raises:
         ValueError: If they do not fit.
     """
-    layout = layout_for(
-        world_size,
-        tp=settings.tp,
-        pp=settings.pp,
-        ep=settings.ep,
-        etp=settings.etp,
-        instances=settings.instances,
-    )
+    layout = layout_for(world_size, settings)
     if settings.backend == "nccl" and not torch.cuda.is_available():
         raise ValueError("--backend: got nccl, expected gloo, since torch finds no CUDA device here")
     kinds = choose_kinds(layout, settings.groups)
     sizes = group_sizes(layout)
     for kind in kinds:
         for collective in settings.collectives:
-            settings.sweep.counts(collective, sizes[kind])
-    if (settings.model or settings.traffic) and not {"tp_dp", "expert_tp_dp"} & set(kinds):
-        flag = "--model" if settings.model else "--traffic"
-        raise ValueError(
-            f"{flag}: got it for groups {', '.join(kinds)}, expected tp_dp or expert_tp_dp among them, over which "
-            "Distributed Muon exchanges; add them to --groups, or start more ranks"
-        )
+            settings.counts(collective, sizes[kind])
     traffic: list[Traffic] = []
-    if settings.traffic is not None:
-        traffic = load_traffic(settings.traffic, layout)
-    elif settings.model is not None:
+    if settings.model is not None:
+        if not {"tp_dp", "expert_tp_dp"} & set(kinds):
+            raise ValueError(
+                f"--model: got it for groups {', '.join(kinds)}, expected tp_dp or expert_tp_dp among them, over which "
+                "Distributed Muon exchanges; add them to --groups, or start more ranks"
+            )
         muon = {} if settings.exchange_dtype is None else {"exchange_dtype": settings.exchange_dtype}
         traffic = model_traffic(
             settings.model,
             layout,
-            MuonConfig(**muon),  # type: ignore[arg-type]  # it checks
+            MuonConfig(**muon),  # type: ignore[arg-type]  # MuonConfig checks it
             device_type=_device_type(settings),
             ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", world_size)),
         )
-    if settings.plot is not None and find_spec("matplotlib") is None:
-        raise ValueError("--plot: needs matplotlib; run pip install matplotlib, or leave --plot out")
-    for flag, path in (
-        ("--json", settings.json),
-        ("--plot", settings.plot),
-        ("--save-traffic", settings.save_traffic),
-    ):
-        if path is not None and not (path.absolute().parent.is_dir() and not path.is_dir()):
-            raise ValueError(f"{flag}: got {path}, expected a file in a directory that exists")
     return Request(layout, tuple(kinds), tuple(traffic))
 
 
@@ -139,14 +132,12 @@ def _device_type(settings: LinkSettings) -> str:
 
 @contextmanager
 def _world(settings: LinkSettings) -> Iterator[torch.device]:
-    """Makes the world's process group where there is none, and ends it; gives this rank's device."""
+    """Makes the world's process group unless the caller has one, and ends it; gives this rank's device."""
     cuda = _device_type(settings) == "cuda"
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if settings.flight_recorder is not None:
-        flight_recorder.switch_on()
-    if dist.is_initialized():  # the caller's
+    if dist.is_initialized():
         yield device
         return
     backend = "nccl" if cuda else "gloo"
@@ -161,142 +152,107 @@ def _world(settings: LinkSettings) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def _agree(settings: LinkSettings, request: Request, rank: int) -> None:
-    """Raises RuntimeError on every rank if one has other settings than the others, or cannot write."""
-    problem = ""
-    if settings.flight_recorder is not None:
-        try:
-            settings.flight_recorder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            problem = f"--flight-recorder: cannot make {settings.flight_recorder}: {error}"
-    gathered: list[tuple[str, str]] = [("", "")] * dist.get_world_size()
-    dist.all_gather_object(gathered, (repr((settings, request)), problem))
-    problems = [f"rank {r}: {text}" for r, (_, text) in enumerate(gathered) if text]
-    if problems:
-        raise RuntimeError("; ".join(problems))
-    others = [r for r, (own, _) in enumerate(gathered) if own != gathered[0][0]]
+def _agree(settings: LinkSettings, request: Request) -> None:
+    """Raises RuntimeError on every rank if one was started with other settings. Collective over the world."""
+    gathered: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(gathered, repr((settings, request)))
+    others = [rank for rank, own in enumerate(gathered) if own != gathered[0]]
     if others:
         raise RuntimeError(f"ranks {others} have other settings than rank 0; start all with the same command line")
 
 
-def _measure(
-    settings: LinkSettings, request: Request, device: torch.device, operations: Mapping[Collective, Operation]
-) -> int:
-    is_first = dist.get_rank() == 0
-    nvml, problem = open_current_device()
-    hosts = _hosts(problem)
-    if is_first:
-        for line in _opening_lines(settings, request, device, hosts):
-            print(line, flush=True)
-    meter = Meter(settings.sweep, device, nvml, operations)
-    rows: list[Row] = []
-    for section in _sections(settings, request, meter, make_groups(request.layout, request.kinds)):
-        rows += section
-        if is_first and section:
-            print("#", *links_table.table_lines(section), sep="\n", flush=True)
-    pairs = measure_pairs(meter, settings.pair_bytes) if settings.pair_bytes else None
-    if is_first and pairs is not None:
-        print("#", *links_table.pairs_lines(pairs), sep="\n", flush=True)
-    failed = []
-    if is_first:
-        failed = _write_files(settings, request, _describe(settings, request, device, hosts), rows, pairs)
-        for text in failed:
-            print(f"links: {text}", file=sys.stderr)
-    failures: list[int] = [0] * dist.get_world_size()
-    dist.all_gather_object(failures, len(failed))
-    return int(any(failures) or any(row.wrong for row in rows))
-
-
-def _sections(settings: LinkSettings, request: Request, meter: Meter, groups: Sequence[Groups]) -> Iterator[list[Row]]:
-    """The rows of each table: what is exchanged by a plan first, then each collective over all kinds of groups."""
+def measure(settings: LinkSettings, request: Request, device: torch.device) -> Found:
+    """Measures everything. Collective over the world; the same result on every rank."""
+    hosts: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, platform.node())
+    meter = Meter(settings, device)
+    groups = make_groups(request.layout, request.kinds)
+    timings: list[Timing] = []
     for expert, kind in ((False, "tp_dp"), (True, "expert_tp_dp")):
         traffic = [t for t in request.traffic if t.expert == expert]
         over = next((g for g in groups if kind in g.kinds), None)
         if over is not None and traffic:
-            yield list(meter.exchange_rows(over, traffic, settings.rounds))
+            timings += meter.exchange(over, traffic, settings.transfers)
     for collective in settings.collectives:
         for over in groups:
-            rows = list(meter.sweep_rows(over, collective))
-            # What exists in neither placement, such as sending to oneself, is left out.
-            yield [row for row in rows if any(row.timings[p] is not None for p in PLACEMENTS)]
+            timings += meter.sweep(over, collective)
+    pairs = measure_pairs(meter, settings.pair_bytes, tuple(hosts)) if settings.pair_bytes else None
+    launches: list[float] = [0.0] * len(hosts)
+    dist.all_gather_object(launches, meter.launch_us())
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    library = ""
+    if dist.get_backend() == "nccl":
+        library = " " + ".".join(map(str, torch.cuda.nccl.version()))  # type: ignore[no-untyped-call]
+    source = f"{len(hosts)} x {name}, {dist.get_backend()}{library}, {datetime.date.today().isoformat()}"
+    links = links_of(timings, groups, hosts, source=source, launch_us=max(launches))
+    return Found(tuple(timings), pairs, links)
 
 
-def _hosts(nvml_problem: str) -> list[tuple[str, str, list[str]]]:
-    """For each rank: host, what NVML lacks, and on the first rank of each host the host's topology."""
-    own_host = platform.node()
-    names: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(names, own_host)
-    is_first_of_host = names.index(own_host) == dist.get_rank()
-    lines = topology_lines() if is_first_of_host and not nvml_problem else []
-    gathered: list[tuple[str, str, list[str]]] = [("", "", [])] * len(names)
-    dist.all_gather_object(gathered, (own_host, nvml_problem, lines))
-    return gathered
+def links_of(
+    timings: Sequence[Timing], groups: Sequence[Groups], hosts: Sequence[str], *, source: str, launch_us: float
+) -> MeasuredLinks:
+    """The planner's figures: of the slowest group, the largest all-to-all's bandwidth and the smallest one's time.
+
+    Figures within nodes are those of groups that lie within one host each, the others those of groups that span hosts.
+    Where several kinds of groups qualify, those that Muon exchanges over come first, then the largest.
+    """
+    figures: dict[bool, LinkFigures] = {}
+    order = sorted(groups, key=lambda g: ("tp_dp" not in g.kinds, "expert_tp_dp" not in g.kinds, -g.world_size))
+    for over in order:
+        spans = any(len({hosts[rank] for rank in ranks}) > 1 for ranks in over.ranks)
+        own = [t for t in timings if t.groups == over.name and t.what == "all_to_all"]
+        if spans not in figures and over.world_size > 1 and own:
+            largest, smallest = (pick(own, key=lambda t: t.sizes_bytes[0]) for pick in (max, min))
+            figures[spans] = LinkFigures(min(largest.group_busbw), smallest.slowest_us)
+    return MeasuredLinks(source, figures.get(False), figures.get(True), launch_us)
 
 
-def _opening_lines(
-    settings: LinkSettings, request: Request, device: torch.device, hosts: Sequence[tuple[str, str, list[str]]]
-) -> Iterator[str]:
-    sweep = settings.sweep
-    layout = " ".join(f"{name} {size}" for name, size in request.layout.sizes.items())
-    yield f"# {layout}; {dist.get_backend()} on {device.type}, torch {torch.__version__}"
-    yield (
-        f"# minBytes {sweep.min_bytes} maxBytes {sweep.max_bytes} step: {sweep.factor}(factor) "
-        f"warmup iters: {sweep.warmup} iters: {sweep.iterations}"
-    )
-    names = list(dict.fromkeys(host for host, _, _ in hosts))
-    if len(names) > 1:
-        for name in names:
-            own = [str(rank) for rank, (host, _, _) in enumerate(hosts) if host == name]
-            yield f"# host {name}: ranks {' '.join(own)}"
-    for text in dict.fromkeys(problem for _, problem, _ in hosts if problem):
-        yield f"# {text}"
-    for text in dict.fromkeys("\n".join(f"# {line}" for line in lines) for _, _, lines in hosts if lines):
-        yield text
+def show(found: Found, request: Request, to: Console) -> None:
+    """Prints everything."""
+    layout = ", ".join(f"{name} {size}" for name, size in request.layout.sizes.items())
+    to.print(f"Links of {found.links.source}; {layout}")
+    for name in dict.fromkeys(timing.groups for timing in found.timings):
+        to.print(_groups_table([t for t in found.timings if t.groups == name], name))
+    notes = []
+    if found.pairs is not None:
+        to.print(_pairs_table(found.pairs))
+        for within, value in sorted(found.pairs.medians.items(), reverse=True):
+            notes.append(f"median {'within a host' if within else 'between hosts'}: {value:.3g} GB/s each way")
+        slow = [f"rank {rank}" for rank in found.pairs.slow_ranks]
+        slow += [f"link {a} - {b}" for a, b in found.pairs.slow_links]
+        notes.append(f"below {SUSPICIOUS} of the median: {', '.join(slow) or 'none'}")
+    for title, figures in (("within a node", found.links.intra_node), ("between nodes", found.links.inter_node)):
+        if figures is not None:
+            notes.append(
+                f"all-to-all {title}: {figures.bandwidth_gb_per_s:.3g} GB/s a rank; small, {figures.latency_us:.0f} us"
+            )
+    notes.append(f"a small kernel adds {found.links.launch_us:.1f} us to a stream")
+    print_list(to, notes)
 
 
-def _describe(
-    settings: LinkSettings, request: Request, device: torch.device, hosts: Sequence[tuple[str, str, list[str]]]
-) -> dict[str, Any]:
-    sweep = settings.sweep
-    return {
-        "layout": request.layout.sizes,
-        "backend": dist.get_backend(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "torch": torch.__version__,
-        "hosts": [host for host, _, _ in hosts],
-        "warmup": sweep.warmup,
-        "iterations": sweep.iterations,
-        "nvml_problems": sorted({problem for _, problem, _ in hosts if problem}),
-        "topology": [lines for _, _, lines in hosts if lines],
-    }
+def _groups_table(timings: Sequence[Timing], name: str) -> object:
+    ranks = timings[-1].ranks
+    listed = ", ".join(f"[{_ranks(own)}]" for own in ranks[:4]) + (", ..." if len(ranks) > 4 else "")
+    at_once = f"{len(ranks)} groups at the same time" if len(ranks) > 1 else "1 group"
+    rows = []
+    for timing in timings:
+        busbw = timing.group_busbw
+        worst = min(range(len(busbw)), key=busbw.__getitem__)
+        slowest = f"[{_ranks(timing.ranks[worst])}]" if len(busbw) > 1 else ""
+        size = max(timing.sizes_bytes)
+        rates = (f"{timing.algbw:.3g}", f"{busbw[worst]:.3g}", f"{max(busbw):.3g}")
+        rows.append((timing.what, size, f"{timing.slowest_us:.1f}", *rates, slowest))
+    numbers = ("size (bytes)", "time (us)", "algbw (GB/s)", "busbw (GB/s)", "best group (GB/s)")
+    return table(("what", *numbers, "slowest group"), rows, title=f"{name}: {at_once}, {listed}", numbers=numbers)
 
 
-def _write_dump(directory: Path, rank: int) -> int:
-    """Writes this rank's Flight Recorder dump; 1 if that failed, which a line on standard error explains."""
-    try:
-        problem = flight_recorder.write_dump(directory, rank)
-    except OSError as error:
-        problem = f"rank {rank}: {error}"
-    if problem:
-        print(f"links: --flight-recorder: {problem}", file=sys.stderr)
-    return int(bool(problem))
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = [str(rank) for rank in ranks]
+    return " ".join(shown if len(shown) <= 8 else [*shown[:3], "...", shown[-1]])
 
 
-def _write_files(
-    settings: LinkSettings, request: Request, run_facts: dict[str, Any], rows: Sequence[Row], pairs: Pairs | None
-) -> list[str]:
-    """Writes what was asked for; says what failed. All is printed by now, so that nothing else is lost."""
-    failed = []
-    try:
-        if settings.json is not None:
-            settings.json.write_text(json.dumps(links_table.to_json(run_facts, rows, pairs)), encoding="utf-8")
-        if settings.save_traffic is not None:
-            save_traffic(settings.save_traffic, request.traffic)
-    except OSError as error:
-        failed.append(f"cannot write: {error}")
-    if settings.plot is not None:
-        try:
-            links_table.plot(rows, settings.plot)
-        except ValueError as error:
-            failed.append(str(error))
-    return failed
+def _pairs_table(pairs: Pairs) -> object:
+    numbers = ("GB/s each way", "of the median")
+    rows = [(f"{a} - {b}", f"{pairs.link(a, b):.3g}", f"{pairs.ratio(a, b):.2f}") for a, b in pairs.slowest]
+    title = f"Pairs of ranks, both directions at once, {pairs.size_bytes} bytes, slowest first"
+    return table(("ranks", *numbers), rows[:_SHOWN_PAIRS], title=title, numbers=numbers)

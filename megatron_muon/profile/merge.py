@@ -1,4 +1,4 @@
-"""Brings the traces of a run's ranks together: one clock, and what is missing."""
+"""Brings the traces of a run's ranks onto one clock, and says which are missing."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Merged:
     """A profiled run.
 
     Attributes:
-        traces: By global rank.
-        facts: Of the run.
+        traces: Trace of each global rank.
+        facts: Facts about the run.
         records: Step -> rank -> its numbers.
-        notes: What a reader has to know: ranks that are missing or ended early, files that were left out.
+        notes: Ranks that are missing or ended early, and files that were left out.
     """
 
     traces: Mapping[int, Trace]
@@ -33,7 +33,7 @@ class Merged:
     notes: Sequence[str]
 
     def summaries(self) -> list[StepSummary]:
-        """Of every step that all ranks have profiled that any step has; of all steps if ranks come and go."""
+        """A summary of each step, of those that most ranks have profiled."""
         most = max(len(of_step) for of_step in self.records.values())
         return [summarize_step(list(r.values())) for _, r in sorted(self.records.items()) if len(r) == most]
 
@@ -66,13 +66,9 @@ class Merged:
     def write_trace(self, path: Path) -> None:
         """All ranks in one file for a trace viewer."""
         with path.open("w", encoding="utf-8") as file:
-            file.write('{"displayTimeUnit":"ms","traceEvents":[\n')
-            first = True
-            for rank in sorted(self.traces):
-                for event in self.aligned(rank):
-                    file.write(("" if first else ",\n") + json.dumps(event))
-                    first = False
-            file.write("\n]}\n")
+            file.write("[\n")
+            file.write(",\n".join(json.dumps(event) for rank in sorted(self.traces) for event in self.aligned(rank)))
+            file.write("\n]\n")
 
 
 def merge(directory: Path) -> Merged:
@@ -82,13 +78,13 @@ def merge(directory: Path) -> Merged:
         directory: Of `--muon-profile-dir`.
 
     Raises:
-        ValueError: If there is no trace, a file is none, or no step has been profiled.
+        ValueError: If there is no trace, a file is something else, or no step has been profiled.
     """
     found = sorted(directory.glob(PATTERN))
     if not found:
         raise ValueError(
-            f"DIR: got {directory}, which has no {PATTERN}; train with --muon-profile N and --muon-profile-dir, or "
-            "--tensorboard-dir, whose muon_profile is the directory then"
+            f"RUN: got {directory}, which has no {PATTERN}; train with --muon-profile N, and --muon-profile-dir or "
+            "--tensorboard-dir"
         )
     notes: list[str] = []
     traces = _of_one_run([read_trace(path) for path in found], notes)
@@ -98,7 +94,7 @@ def merge(directory: Path) -> Merged:
             _check(trace, record)
             records[step][rank] = record
     if not records:
-        raise ValueError(f"DIR: got {directory}, whose traces have no step; the run has profiled none yet")
+        raise ValueError(f"RUN: got {directory} with traces that have no step; the run has profiled none yet")
     facts = RunFacts.from_json(traces[min(traces)].info.get("facts"))
     notes += _missing(traces, records, facts.world_size)
     return Merged(traces, facts, records, notes)
@@ -109,18 +105,17 @@ def _check(trace: Trace, record: RankStep) -> None:
     numbers += [record.sent_bytes, record.team_bytes, record.planned_bytes, record.planned_team_bytes]
     numbers += [record.flops, record.team_flops, record.param_gather_bytes]
     numbers += [number for transfer in record.transfers for number in (transfer.ms, transfer.sent_bytes)]
-    numbers += [number for p in record.products for number in (p.ms, p.flops, p.traffic_bytes)]
     if not all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in numbers):
-        raise ValueError(f"{trace.path}: step {record.step} has a number that is none; remove the file")
+        raise ValueError(f"{trace.path}: step {record.step} has an invalid number; remove the file")
 
 
 def _of_one_run(traces: Sequence[Trace], notes: list[str]) -> dict[int, Trace]:
-    """The traces of the run that the file written last is of."""
+    """The traces of the newest run; the file that was written last belongs to it."""
     newest = max(traces, key=lambda trace: trace.path.stat().st_mtime).info.get("run")
     out = {}
     for trace in traces:
         if trace.info.get("run") != newest:
-            notes.append(f"{trace.path.name} is left out: another run wrote it")
+            notes.append(f"{trace.path.name} is left out, since another run wrote it")
         else:
             out[int(trace.info["rank"])] = trace
     return out
@@ -137,6 +132,39 @@ def _missing(
     for rank, trace in sorted(traces.items()):
         steps = [step for step, of_step in records.items() if rank in of_step]
         if trace.broken:
-            yield f"rank {rank}'s trace ends in the middle: it died, or its disk was full"
+            yield f"rank {rank}'s trace ends in the middle of a line: the rank died"
         if max(steps, default=0) < last:
             yield f"rank {rank} has no step after {max(steps, default=0)}; the last one of others is {last}"
+
+
+# Rows of a timeline that can still be read.
+_SHOWN_RANKS = 16
+
+
+def shown_spans(merged: Merged, step: int) -> list[dict[str, Any]]:
+    """The spans of a step for a timeline: `lane`, `phase`, `start` and `stop`, in ms from the step's begin.
+
+    Each rank has two lanes, one for its phases and one for collectives in flight. Of many ranks, those are shown that
+    compute longest.
+    """
+    records = merged.records[step]
+    ranks = sorted(sorted(records, key=lambda rank: -records[rank].ns_ms)[:_SHOWN_RANKS])
+    spans: list[tuple[str, str, float, float]] = []
+    for rank in ranks:
+        busy, flights, begun = [], [], {}
+        for event in merged.aligned(rank):
+            if event.get("args", {}).get("step") != step and event["ph"] != "e":
+                continue
+            if event["ph"] == "X" and event.get("cat") != "step":
+                busy.append((f"rank {rank}", str(event["name"]), event["ts"], event["ts"] + event["dur"]))
+            elif event["ph"] == "b":
+                begun[event["id"]] = event
+            elif event["ph"] == "e" and event["id"] in begun:
+                start = begun.pop(event["id"])
+                flights.append((f"in flight {rank}", str(start["name"]), start["ts"], event["ts"]))
+        spans += busy + flights
+    begin = min((start for *_, start, _ in spans), default=0.0)
+    return [
+        {"lane": lane, "phase": phase, "start": (start - begin) / 1e3, "stop": (stop - begin) / 1e3}
+        for lane, phase, start, stop in spans
+    ]

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from megatron_muon.estimate.buffers import quiet_imports
 from megatron_muon.estimate.stages import Layout
-from megatron_muon.profile.settings import GROUP_KINDS, GroupKind
+from megatron_muon.profile.settings import GROUP_KINDS, GroupKind, LinkSettings
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Groups:
     """All groups of one kind; they partition the world, and are measured at the same time as in a run.
 
     Attributes:
-        kinds: What they are; several where a layout makes the same groups twice.
+        kinds: Names; several if the layout has the same groups more than once.
         ranks: Global ranks of each group, ascending.
-        group: This rank's own.
+        group: The group of this rank.
     """
 
     kinds: tuple[GroupKind, ...]
@@ -36,25 +36,14 @@ class Groups:
     def world_size(self) -> int:
         return len(self.ranks[0])
 
-    def own(self, rank: int) -> int:
-        """Index of the group that a global rank is in."""
-        return next(index for index, ranks in enumerate(self.ranks) if rank in ranks)
 
-
-def layout_for(world_size: int, *, tp: int, pp: int, ep: int, etp: int | None, instances: int) -> Layout:
-    """The layout of a world; data parallelism takes what the others leave.
-
-    Args:
-        world_size: Number of ranks.
-        tp: Tensor-parallel size.
-        pp: Pipeline-parallel size.
-        ep: Expert-parallel size.
-        etp: Expert-tensor-parallel size; None is `tp`.
-        instances: Distributed-optimizer instances.
+def layout_for(world_size: int, settings: LinkSettings) -> Layout:
+    """The layout of a world; data parallelism takes the ranks that the other dimensions leave.
 
     Raises:
         ValueError: If a size is not positive or does not divide.
     """
+    tp, pp = settings.tp, settings.pp
     for flag, size in (("--tp", tp), ("--pp", pp)):
         if size < 1:
             raise ValueError(f"{flag}: got {size}, expected a positive integer")
@@ -63,7 +52,8 @@ def layout_for(world_size: int, *, tp: int, pp: int, ep: int, etp: int | None, i
             f"--tp x --pp: got {tp} x {pp}, expected a divisor of the {world_size} ranks that torchrun started; "
             "change them or --nproc-per-node"
         )
-    return Layout(dp=world_size // (tp * pp), tp=tp, pp=pp, ep=ep, etp=etp, instances=instances)
+    dp = world_size // (tp * pp)
+    return Layout(dp=dp, tp=tp, pp=pp, ep=settings.ep, etp=settings.etp, instances=settings.instances)
 
 
 def group_sizes(layout: Layout) -> dict[GroupKind, int]:
@@ -87,11 +77,11 @@ def choose_kinds(layout: Layout, wanted: Sequence[GroupKind] | None) -> list[Gro
 
     Args:
         layout: The layout.
-        wanted: None takes all of more than one rank but the world, those of experts only where they have groups of
-            their own; and the world alone if there is none.
+        wanted: Kinds to measure. None takes all of more than one rank, without the world and without the experts'
+            where these are the dense ones; the world if nothing is left.
 
     Raises:
-        ValueError: If a kind is wanted that has one rank only.
+        ValueError: If a wanted kind has only one rank.
     """
     sizes = group_sizes(layout)
     if wanted is None:
@@ -105,7 +95,9 @@ def choose_kinds(layout: Layout, wanted: Sequence[GroupKind] | None) -> list[Gro
 
 
 def make_groups(layout: Layout, kinds: Sequence[GroupKind]) -> list[Groups]:
-    """Megatron's groups of the given kinds, the same ranks once, made unless a run has. Collective over the world.
+    """Megatron's groups of the given kinds, each set of ranks once. Collective over the world.
+
+    Groups of a run that exist already are used.
 
     Args:
         layout: Of as many ranks as the world has.
@@ -128,7 +120,7 @@ def make_groups(layout: Layout, kinds: Sequence[GroupKind]) -> list[Groups]:
 
 
 def release_groups() -> None:
-    """Lets Megatron forget its groups, which go with the world's."""
+    """Makes Megatron forget its groups, which end together with the world's."""
     parallel_state = sys.modules.get("megatron.core.parallel_state")
     if parallel_state is not None:
         parallel_state.destroy_model_parallel()

@@ -18,7 +18,7 @@ from tests.test_config import FIELDS, OTHER_VALUES
 
 CONFIG_SETTINGS = dict(lr=0.5, min_lr=1e-5, weight_decay=0.2, clip_grad=2.0, adam_beta2=0.5, loss_scale=64.0)
 MODEL_SETTINGS = dict(qk_clip=True, qk_clip_threshold=30.0, qk_clip_alpha=0.4, log_max_attention_logit=True)
-FILES = ("splits", "links", "profile_links")
+FILES = ("splits", "links")
 
 
 def with_field(name: str) -> MuonConfig:
@@ -112,7 +112,7 @@ def test_megatrons_names_exist() -> None:
 def test_a_file_that_one_rank_alone_has_is_no_difference(tmp_path: Path) -> None:
     """The links are read on rank 0 alone, which may be on another machine."""
     path = tmp_path / "links.json"
-    muon = MuonConfig(profile_links=str(path))
+    muon = MuonConfig(links=str(path))
     before = settings_of(muon)
     path.write_text("{}")
     assert differences([before, settings_of(muon)]) == []

@@ -16,7 +16,7 @@ WALL_MS = 100.0
 
 
 def wire(bytes_per_s: float, message_bytes: float) -> Wire:
-    return Wire(Spread(10.0, 10.0, 0), Spread(message_bytes, 4 * message_bytes, 0), 4, 10.0, bytes_per_s)
+    return Wire(Spread(10.0, 10.0, 0), Spread(message_bytes, 4 * message_bytes, 0), 4, bytes_per_s)
 
 
 def step(
@@ -119,7 +119,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str, str, str]] = {
         dict(exchange_dtype="fp32"),
         "exchange",
         "--muon-exchange-dtype bf16",
-        "25% of the exchange is hidden; 38 GB/s, 95% of 40 GB/s (measured, links.json)",
+        "25% of the exchange is hidden; 38 GB/s, 95% of 40 GB/s (measured links)",
     ),
     "slow links": (dict(wait=50, link=5e9), {}, "exchange", "", "python -m megatron_muon.profile links"),
     "one round": (dict(wait=50), dict(rounds=1), "exchange", "--muon-exchange-buffer-mb 381", "nothing to hide behind"),

@@ -1,8 +1,7 @@
-"""Logged metrics against direct computation on whole matrices; what a step costs that is not logged; the report."""
+"""Logged metrics against direct computation on whole matrices; what a step costs that is not logged; the log's line."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_muon.cli import main
-from megatron_muon.observe import metrics_report as report
-from megatron_muon.observe.metric_names import FILE_NAME, METRICS, by_kind, kind
+from megatron_muon.megatron.log.metrics_log import LINE_WIDTH, log_line
+from megatron_muon.newton_schulz import AOL_SIGMA_MAX, coefficients, evaluate
+from megatron_muon.observe.metric_names import FILE_NAME, METRICS, by_layer_kind, layer_kind, orthogonality_range
 from megatron_muon.observe.step_metrics import spectrum, summarize_ranks
+from megatron_muon.profile.run_files import read_metrics
 from tests.checkpoint_runs import EXACT, LR, WEIGHT_DECAY, Whole, assemble, build
 from tests.distributed import run_ranks
 from tests.logical import logical_matrices
@@ -124,7 +124,7 @@ LAYOUTS = {
 def test_metrics_are_those_of_whole_matrices(tmp_path: Path, name: str) -> None:
     layout = LAYOUTS[name]
     results = run_ranks(session, layout.world_size, layout, dict(log_interval=2, metrics_dir=str(tmp_path)))
-    (record,) = report.read(tmp_path / FILE_NAME)
+    (record,) = read_metrics(tmp_path / FILE_NAME)
     assert record["step"] == 2
     # After the first step and after the second, which was logged.
     before, after = (assemble([r["pieces"][at] for r in results]) for at in (1, 2))
@@ -148,6 +148,8 @@ def test_metrics_are_those_of_whole_matrices(tmp_path: Path, name: str) -> None:
                 entropy = -(share * share.log()).sum() / math.log(len(share))
                 assert entry["svd_entropy"] == pytest.approx(entropy.item(), rel=1e-4)
     assert checked == set(record["matrices"]) and sampled > 0
+    low, high = orthogonality_range("keller", 5)
+    assert record["expected"] == {"update_rms": 0.2, "orthogonality_error": [low, high]}
     assert record["run"]["max_logit"] == layout.world_size - 1
     assert record["run"]["ns_ms_max"] > 0
     # Of three steps and one gather of a sample, one step and the gather; with one rank a stage, nothing is sent.
@@ -158,11 +160,11 @@ def test_metrics_are_those_of_whole_matrices(tmp_path: Path, name: str) -> None:
 def test_writers_get_scalars_and_histograms(tmp_path: Path) -> None:
     layout = Layout(2)
     results = run_ranks(session, 2, layout, dict(log_interval=3, metrics_dir=str(tmp_path)))
-    (record,) = report.read(tmp_path / FILE_NAME)
+    (record,) = read_metrics(tmp_path / FILE_NAME)
     scalars, histograms, wandb = results[-1]["writers"]
     assert results[0]["writers"] == ({}, {}, {})
     for metric in METRICS:
-        for of_kind, values in by_kind(record["matrices"], metric).items():
+        for of_kind, values in by_layer_kind(record["matrices"], metric).items():
             tag = f"muon_{metric}/{of_kind}"
             assert scalars[tag] == wandb[tag] == pytest.approx(sum(values) / len(values))
             assert histograms[tag] == pytest.approx(values) and wandb[f"{tag}/histogram"] == values
@@ -214,52 +216,46 @@ def test_summary_of_ranks_by_hand() -> None:
 
 
 def test_kinds() -> None:
-    assert kind("decoder.layers.12.self_attention.linear_qkv.weight.q") == "self_attention.linear_qkv.weight.q"
-    assert kind("decoder.layers.3.mlp.experts.local_experts.7.linear_fc1.weight.up") == (
+    assert layer_kind("decoder.layers.12.self_attention.linear_qkv.weight.q") == "self_attention.linear_qkv.weight.q"
+    assert layer_kind("decoder.layers.3.mlp.experts.local_experts.7.linear_fc1.weight.up") == (
         "mlp.experts.local_experts.linear_fc1.weight.up"
     )
-    assert kind("decoder.layers.3.mlp.experts.linear_fc2.weight11") == "mlp.experts.linear_fc2.weight"
-    assert kind("head.weight") == "head.weight"
-
-
-# The report.
-
-HOSTILE = "decoder.layers.0.<script>alert('$x$')</script>.weight"
-
-
-def record(step: int) -> str:
-    matrices = {
-        name: {"update_rms": 0.2 + step / 100, "stable_rank": 3.0} for name in (HOSTILE, "decoder.layers.1.mlp.weight")
-    }
-    matrices[HOSTILE]["momentum_norm"] = math.nan
-    return json.dumps(
-        {"step": step, "run": {"ns_ms_max": 4.0, "<b>": 1.0, "logit": 2.0, "logit/<b>": 2.0}, "matrices": matrices}
-    )
-
-
-def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    directory = tmp_path / "run <1>" / "tensorboard"
-    directory.mkdir(parents=True)
-    lines = [record(10), record(20), record(20), record(30)]
-    (directory / FILE_NAME).write_text("\n".join([*lines, record(40)[:50]]), encoding="utf-8")
-    assert main(["report", str(tmp_path)]) == 0
-    assert "3 logged steps" in capsys.readouterr().out
-    out = directory / report.DIRECTORY
-    assert sorted(p.name for p in out.iterdir()) == ["index.html", "ranks.png", "stable_rank.png", "update_rms.png"]
-    assert all(p.read_bytes().startswith(b"\x89PNG") for p in out.glob("*.png"))
-    page = (out / "index.html").read_text(encoding="utf-8")
-    assert "<script>" not in page and "run &lt;1&gt;" in page and "&lt;script&gt;" in page
-    # Self-contained, and the last step's values.
-    assert page.count("data:image/png;base64,") == 3 and "http" not in page
-    assert "<td>0.5</td>" in page
+    assert layer_kind("decoder.layers.3.mlp.experts.linear_fc2.weight11") == "mlp.experts.linear_fc2.weight"
+    assert layer_kind("head.weight") == "head.weight"
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [(None, "expected one muon_metrics.jsonl"), ("", "got no record"), ("nonsense\n{}\n", "line 1 is no record")],
+    ("name", "steps"), [("keller", 5), ("you", 5), ("polar_express", 5), ("deepseek_v4", 10), ("aol", 4)]
 )
-def test_report_refuses(tmp_path: Path, content: str | None, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    if content is not None:
-        (tmp_path / FILE_NAME).write_text(content, encoding="utf-8")
-    assert main(["report", str(tmp_path)]) == 2
-    assert message in capsys.readouterr().out
+def test_the_range_of_a_coefficient_set(name: str, steps: int) -> None:
+    """A matrix with a spectrum as the range assumes, orthogonalized for real, lies within it."""
+    low, high = orthogonality_range(name, steps)
+    largest = AOL_SIGMA_MAX if name == "aol" else 1.0
+    for top in (0.0, -0.5, -1.0):
+        sigma = largest * torch.logspace(top, top - 0.5, 4000, dtype=torch.float64)
+        mapped = torch.tensor([evaluate(coefficients(name, steps), s) for s in sigma.tolist()], dtype=torch.float64)
+        error = (mapped.square() - 1).square().mean().sqrt().item()
+        assert low - 1e-3 <= error <= high + 1e-3
+    assert 0 <= low <= high < 1
+
+
+def test_kellers_range_is_what_was_measured() -> None:
+    """A training run's matrices have 0.31 to 0.37."""
+    low, high = orthogonality_range("keller", 5)
+    assert (round(low, 2), round(high, 2)) == (0.25, 0.42)
+
+
+def test_the_logs_line_is_short() -> None:
+    names = [f"decoder.layers.{i}.self_attention.linear_qkv.weight.q" for i in range(2)]
+    values = dict.fromkeys(METRICS, 0.123456)
+    matrices = {names[0]: values, names[1]: {**values, "update_rms": 0.2}}
+    run = {"ns_ms_max": 12.345678, "ns_flops_max": 1e12, "max_attention_logit": 31.5, "qk_nonfinite_heads": 0.0}
+    line = log_line(123456, matrices, run)
+    assert line == (
+        "megatron_muon: step 123456: update rms 0.123 to 0.2, orthogonality 0.123 to 0.123, max attention logit 31.5"
+    )
+    assert len(line) <= LINE_WIDTH
+    # What is wrong comes first.
+    wrong = log_line(1, matrices, {**run, "qk_nonfinite_heads": 2.0})
+    assert wrong.startswith("megatron_muon: step 1: qk nonfinite heads 2, update rms 0.123 to 0.2, ")
+    assert len(wrong) <= LINE_WIDTH

@@ -1,4 +1,4 @@
-"""`links`: bytes as planned, bandwidths by hand, results checked and a broken collective found, on Gloo ranks."""
+"""`links`: bytes as planned, bandwidths by hand, slow ranks named, and the planner's file, on Gloo ranks."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import contextlib
 import io
 import itertools
 import json
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,33 +18,24 @@ from megatron_muon.estimate.estimates import distinct_stages, stage_kinds, stage
 from megatron_muon.estimate.schemes import PlanSettings
 from megatron_muon.estimate.shapes import load_model
 from megatron_muon.estimate.stages import Layout
-from megatron_muon.observe.timing.peaks import read_links
+from megatron_muon.observe.console import as_text
 from megatron_muon.plan.build import CostModel
-from megatron_muon.profile import links_command, links_table
-from megatron_muon.profile.busbw import (
-    COLLECTIVES,
-    all_to_allv_size_bytes,
-    bus_bandwidth_gbps,
-    bus_factor,
-    exchanged_bytes,
-)
-from megatron_muon.profile.collectives import (
-    OPERATIONS,
-    Buffers,
-    Operation,
-    Placement,
-    Task,
-    count_wrong,
-    gathered_values,
-    summands,
-    summed,
-)
+from megatron_muon.plan.links_file import LinkFigures, MeasuredLinks, load_links
+from megatron_muon.profile import links_command
 from megatron_muon.profile.command import main
-from megatron_muon.profile.links import Row, Timing
+from megatron_muon.profile.links_command import Found, Request, links_of, show
+from megatron_muon.profile.measure import Meter, Timing
 from megatron_muon.profile.pairs import Pairs, tournament
-from megatron_muon.profile.process_groups import choose_kinds, group_sizes, layout_for
-from megatron_muon.profile.settings import DTYPE_BYTES, SWEPT, LinkSettings, Sweep
-from megatron_muon.profile.traffic import Traffic, load_traffic, model_traffic, plan_traffic, run_traffic, save_traffic
+from megatron_muon.profile.process_groups import (
+    Groups,
+    choose_kinds,
+    group_sizes,
+    layout_for,
+    make_groups,
+    release_groups,
+)
+from megatron_muon.profile.settings import LinkSettings
+from megatron_muon.profile.traffic import Traffic, busiest_bytes, model_traffic, plan_traffic, sent_bytes
 from tests.distributed import run_ranks
 from tests.estimate.test_plan_model import HF_MLA
 
@@ -61,7 +50,7 @@ layers:
       - {name: mlp.experts.linear_fc1, shape: [40, 24], split: rows, gated: true, experts: 4}
       - {name: mlp.experts.linear_fc2, shape: [24, 20], split: columns, experts: 4}
 """
-QUICK = Sweep(min_bytes=1 << 10, max_bytes=4 << 10, factor=4, warmup=1, iterations=2)
+QUICK = LinkSettings(min_bytes=1 << 10, max_bytes=4 << 10, warmup=1, iterations=2, pair_bytes=0)
 
 
 @pytest.fixture
@@ -74,132 +63,74 @@ def model(tmp_path: Path) -> str:
 # -- formulas --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("collective", "expected"),
-    [
-        # 8 ranks, 1 GB (1e9) in 10 ms: 100 GB/s algorithm bandwidth.
-        ("all_reduce", 175.0),
-        ("all_gather", 87.5),
-        ("reduce_scatter", 87.5),
-        ("all_to_all", 87.5),
-        ("all_to_allv", 87.5),
-        ("broadcast", 100.0),
-        ("send_recv", 100.0),
-    ],
-)
-def test_bus_bandwidth(collective: Any, expected: float) -> None:
-    assert bus_bandwidth_gbps(collective, 10**9, 0.01, 8) == pytest.approx(expected, rel=1e-12)
-    assert {c for c in COLLECTIVES if bus_factor(c, 1) != 0} == {"broadcast", "send_recv"}
+def timing(what: str, rank_us: tuple[float | None, ...], sizes: tuple[int, ...] = (8_000_000, 8_000_000)) -> Timing:
+    """Over two groups of two ranks."""
+    return Timing("dp", ((0, 2), (1, 3)), what, sizes, rank_us)
+
+
+def test_bandwidths_by_hand() -> None:
+    """8 MB, slowest rank 1 with 400 us: 20 GB/s, half of it on the bus; the other group has 200 us."""
+    found = timing("all_gather", (200.0, 400.0, 160.0, 250.0))
+    assert found.slowest_us == 400.0 and found.algbw == pytest.approx(20.0)
+    assert found.group_busbw == pytest.approx((20.0, 10.0))
+    # An all_reduce sends what it reduces and what it gathers; a group that moves less has less.
+    assert replace(found, what="all_reduce").group_busbw == pytest.approx((40.0, 20.0))
+    assert replace(found, sizes_bytes=(8_000_000, 2_000_000)).group_busbw == pytest.approx((20.0, 2.5))
 
 
 def test_uneven_all_to_all_by_hand() -> None:
-    """Rank 1 owns most: it receives 5 + 1 + 7 elements, the most that any rank sends or receives."""
-    traffic = [[2, 5, 0], [3, 1, 4], [0, 7, 1]]
-    assert all_to_allv_size_bytes(traffic, 2) == 13 * 2
-    assert exchanged_bytes(traffic, 2) == (10, 14, 14)
-    even = [[4] * 3] * 3
-    assert all_to_allv_size_bytes(even, 4) == 3 * 4 * 4
-    assert all_to_allv_size_bytes([], 4) == 0
+    """Rank 1 owns most: it receives 5 + 1 + 7 bytes, the most that any rank sends or receives."""
+    matrix = ((2, 5, 0), (3, 1, 4), (0, 7, 1))
+    assert busiest_bytes(matrix) == 13 and sent_bytes(matrix) == (5, 7, 7)
+    assert busiest_bytes(((4, 4), (4, 4))) == 8 and busiest_bytes(()) == 0
 
 
-def test_bad_arguments_of_formulas() -> None:
-    with pytest.raises(ValueError, match="seconds: got 0"):
-        bus_bandwidth_gbps("all_reduce", 1, 0, 2)
-    with pytest.raises(ValueError, match="world_size: got 0"):
-        bus_factor("all_reduce", 0)
-    with pytest.raises(ValueError, match="collective: got 'all'"):
-        bus_factor("all", 2)  # type: ignore[arg-type]
-
-
-def row(collective: Any, rank_us: list[float], wrong: int = 0, **changes: Any) -> Row:
-    """A row over two groups of two ranks."""
-    timings: dict[Placement, Timing | None] = {
-        "out_of_place": Timing(tuple(rank_us), wrong, (None,) * len(rank_us)),
-        "in_place": None,
-    }
-    sizes = (8_000_000, 8_000_000)
-    made = Row("dp", ((0, 2), (1, 3)), collective, "", 8_000_000, 1_000_000, "float", "none", sizes, (), timings)
-    return replace(made, **changes)
-
-
-def test_row_by_hand() -> None:
-    """8 MB, slowest rank 1 with 400 us: 20 GB/s, half of it on the bus; its group is the slower one."""
-    found = row("all_gather", [200.0, 400.0, 160.0, 250.0])
-    assert found.algbw("out_of_place") == pytest.approx(20.0) and found.busbw("out_of_place") == pytest.approx(10.0)
-    assert found.group_busbw("out_of_place") == pytest.approx([20.0, 10.0])
-    # A group that moves less in the same time has less.
-    smaller = replace(found, group_sizes_bytes=(8_000_000, 2_000_000))
-    assert smaller.group_busbw("out_of_place") == pytest.approx([20.0, 2.5])
-    assert found.busbw("in_place") is None
-    timing = found.timings["out_of_place"]
-    assert timing is not None and (timing.slowest_rank, timing.imbalance) == (1, 400 / 225)
-    assert links_table.row_line(found).split() == (
-        ["8000000", "1000000", "float", "none", "-1", "400.00", "20.00", "10.00", "0"] + ["N/A"] * 4
-    )
-    assert links_table.straggler_line([found]) == (
-        "# largest size: slowest rank 1, 1.78 of the median time; slowest group [1 3], bus bandwidth 10.00, best 20.00"
-    )
-    lines = list(links_table.table_lines([found, row("all_gather", [100.0] * 4, wrong=3)]))
-    assert lines[0] == "# all_gather over dp: 2 groups of 2 ranks at the same time: [0 2], [1 3]"
-    # 10 and 40 GB/s.
-    assert lines[-3:-1] == ["# Out of bounds values : 3 FAILED", "# Avg bus bandwidth    : 25"]
-    columns = "size count type redop root time algbw busbw #wrong time algbw busbw #wrong"
-    assert lines[2].lstrip("# ").split() == columns.split()
-
-
-# -- sizes and values ------------------------------------------------------------------------------------------------
-
-
-def test_sizes_are_swept_as_in_nccl_tests() -> None:
-    sweep = Sweep(min_bytes=1000, max_bytes=64_000, factor=4)
-    assert sweep.counts("all_reduce", 3) == [250, 1000, 4000, 16000]
+def test_sizes_of_a_sweep() -> None:
+    settings = LinkSettings(min_bytes=1000, max_bytes=64_000)
+    assert settings.counts("all_reduce", 3) == [250, 1000, 4000, 16000]
     # Whole elements on each of three ranks: 1000 / 12, 4000 / 12, ...
-    assert sweep.counts("all_gather", 3) == [83, 333, 1333, 5333]
-    assert Sweep(min_bytes=8, max_bytes=8, dtype="bfloat16").counts("all_to_all", 4) == [1]
+    assert settings.counts("all_gather", 3) == [83, 333, 1333, 5333]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 7, 64, 65, 200])
-@pytest.mark.parametrize("name", DTYPE_BYTES)
-def test_sums_are_exact_in_every_type_and_order(world_size: int, name: str) -> None:
-    dtype: torch.dtype = getattr(torch, name)
-    task = Task("all_reduce", 0, world_size, 0, dtype, torch.device("cpu"), None)
-    start, numel = 300, 1500
-    terms = torch.stack([summands(rank, start, numel, task) for rank in range(world_size)])
-    for order in (range(world_size), reversed(range(world_size))):
-        total = torch.zeros(numel, dtype=dtype)
-        for rank in order:
-            total += terms[rank]
-        assert torch.equal(total, summed(start, numel, task))
-    # Values depend on rank and place, or a mix-up would not show.
-    assert summed(0, 1500, task).unique().numel() > 1
-    assert not torch.equal(summands(0, 0, 256, task), summands(0, 1, 256, task))
-
-
-@pytest.mark.parametrize("world_size", [2, 8, 64])
-def test_what_is_sent_depends_on_sender_receiver_and_place(world_size: int) -> None:
-    """So that parts that reach another rank, lie in another's place, or are shifted, count as wrong."""
-    task = Task("all_to_all", 0, world_size, 0, torch.bfloat16, torch.device("cpu"), None)
-    reference = gathered_values(0, 1, 300, task)
-    others = [(source, 1) for source in range(1, world_size)] + [(0, t) for t in range(world_size) if t != 1]
-    for source, target in others:
-        assert count_wrong(gathered_values(source, target, 300, task), reference) == 300
-    assert count_wrong(reference[:-1], reference[1:]) == 299
-    assert count_wrong(torch.full((300,), float("nan")), reference) == 300
+def test_the_planners_figures_by_hand(tmp_path: Path) -> None:
+    """Two hosts of two ranks: tp lies within them, tp_dp and dp span them, of which Muon exchanges over tp_dp."""
+    group = object()
+    groups = [
+        Groups(("tp",), ((0, 1), (2, 3)), group),  # type: ignore[arg-type]
+        Groups(("dp",), ((0, 2), (1, 3)), group),  # type: ignore[arg-type]
+        Groups(("tp_dp",), ((0, 1, 2, 3),), group),  # type: ignore[arg-type]
+    ]
+    timings = [
+        Timing("tp", ((0, 1), (2, 3)), "all_to_all", (1000, 1000), (5.0, 6.0, 7.0, 8.0)),
+        Timing("tp", ((0, 1), (2, 3)), "all_to_all", (8_000_000, 8_000_000), (100.0, 100.0, 200.0, 200.0)),
+        Timing("tp", ((0, 1), (2, 3)), "all_reduce", (8_000_000, 8_000_000), (1.0, 1.0, 1.0, 1.0)),
+        Timing("dp", ((0, 2), (1, 3)), "all_to_all", (8_000_000, 8_000_000), (1.0, 1.0, 1.0, 1.0)),
+        Timing("tp_dp", ((0, 1, 2, 3),), "all_to_all", (1000,), (30.0, 31.0, 32.0, 33.0)),
+        Timing("tp_dp", ((0, 1, 2, 3),), "all_to_all", (8_000_000,), (400.0, 300.0, 300.0, 300.0)),
+    ]
+    got = links_of(timings, groups, ["a", "a", "b", "b"], source="here", launch_us=4.5)
+    # 8 MB * 1/2 in 200 us; 8 MB * 3/4 in 400 us.
+    assert got == MeasuredLinks("here", LinkFigures(20.0, 8.0), LinkFigures(15.0, 33.0), 4.5)
+    one_host = links_of(timings, groups, ["a"] * 4, source="here", launch_us=4.5)
+    assert one_host.intra_node == LinkFigures(15.0, 33.0) and one_host.inter_node is None
+    path = tmp_path / "links.json"
+    path.write_text(json.dumps(got.to_json()))
+    assert load_links(path) == got
 
 
 # -- layouts and plans -----------------------------------------------------------------------------------------------
 
 
 def test_layout_takes_what_is_left_for_data_parallelism() -> None:
-    layout = layout_for(16, tp=2, pp=2, ep=4, etp=1, instances=2)
+    layout = layout_for(16, LinkSettings(tp=2, pp=2, ep=4, etp=1, instances=2))
     assert layout.dp == 4
     assert group_sizes(layout) == dict(
         world=16, tp=2, dp=2, tp_dp=4, pp=2, ep=4, expert_tp=1, expert_dp=1, expert_tp_dp=1
     )
     assert choose_kinds(layout, None) == ["tp", "dp", "tp_dp", "pp", "ep"]
-    assert choose_kinds(layout_for(1, tp=1, pp=1, ep=1, etp=None, instances=1), None) == ["world"]
+    assert choose_kinds(layout_for(1, LinkSettings()), None) == ["world"]
     # Without expert parallelism experts have no groups of their own.
-    assert choose_kinds(layout_for(4, tp=2, pp=1, ep=1, etp=None, instances=1), None) == ["tp", "dp", "tp_dp"]
+    assert choose_kinds(layout_for(4, LinkSettings(tp=2)), None) == ["tp", "dp", "tp_dp"]
 
 
 @pytest.mark.parametrize(
@@ -227,65 +158,8 @@ def test_traffic_is_that_of_the_plans(layout: Layout, model: str) -> None:
 
 def total_sent_bytes(traffic: Traffic) -> tuple[int, ...]:
     """What each rank sends to others in a step."""
-    each = [exchanged_bytes(m, traffic.element_bytes) for r in traffic.rounds for m in (r.gather, r.scatter)]
+    each = [sent_bytes(matrix) for matrix in traffic.transfers]
     return tuple(map(sum, zip(*each, strict=True)))
-
-
-def test_recorded_traffic(tmp_path: Path, model: str) -> None:
-    layout, path = Layout(dp=2, tp=2, ep=2, etp=1), tmp_path / "traffic.json"
-    traffic = model_traffic(model, layout, MuonConfig())
-    save_traffic(path, traffic)
-    assert load_traffic(path, layout) == traffic
-    with pytest.raises(ValueError, match="expected groups of 6 that cover 6 ranks; give the layout of the run"):
-        load_traffic(path, Layout(dp=3, tp=2))
-
-
-def traffic_of_a_run(rank: int, world_size: int, path: str) -> list[Traffic]:
-    from megatron_muon.megatron.model.routing import tag_parameters
-    from megatron_muon.megatron.optimizer.build import get_megatron_optimizer
-    from tests.models import Layout as RunLayout
-    from tests.models import initialize, make_chunks, optimizer_config, wrap
-
-    layout, muon = RunLayout(world_size, tp=2, ep=2, etp=1), MuonConfig()
-    initialize(layout)
-    chunks = make_chunks("mla", layout, torch.bfloat16)
-    tag_parameters(chunks, muon)
-    optimizer = get_megatron_optimizer(optimizer_config(layout, torch.bfloat16), wrap(chunks, layout), muon=muon)
-    traffic = run_traffic(optimizer)
-    if rank == 0:
-        save_traffic(Path(path), traffic)
-    return traffic
-
-
-def test_traffic_of_a_run_is_that_of_its_model(tmp_path: Path) -> None:
-    """What a real optimizer exchanges, recorded and read again, is what is planned from the model's configuration."""
-    recorded = run_ranks(traffic_of_a_run, 4, str(tmp_path / "traffic.json"))
-    layout = Layout(dp=2, tp=2, ep=2, etp=1)
-    (tmp_path / "config.json").write_text(json.dumps(HF_MLA))
-    planned = model_traffic(str(tmp_path / "config.json"), layout, MuonConfig(), device_type="cpu", ranks_per_node=4)
-    assert [t.expert for t in planned] == [False, True, True]
-    assert recorded == [planned] * 4 and load_traffic(tmp_path / "traffic.json", layout) == planned
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda c: c.pop("version"), "without version 1 and exchanges"),
-        (lambda c: c["exchanges"][0].pop("dtype"), r"exchanges\[0\]: expected expert, ranks, dtype and rounds"),
-        (lambda c: c["exchanges"][0].update(dtype="fp4"), "dtype: got 'fp4', expected one of bf16"),
-        (lambda c: c["exchanges"][0]["rounds"][0]["gather"].pop(), r"rounds\[0\]\.gather: expected 4 rows of 4 counts"),
-        (lambda c: c["exchanges"][0]["rounds"][0]["scatter"][1].__setitem__(0, -1), r"rounds\[0\]\.scatter: expected"),
-        (lambda c: c["exchanges"][0]["ranks"].__setitem__(0, 3), "expected groups of 4 that cover 4 ranks"),
-    ],
-)
-def test_bad_recorded_traffic(tmp_path: Path, model: str, change: Callable[[Any], Any], message: str) -> None:
-    layout, path = Layout(dp=2, tp=2, ep=2, etp=1), tmp_path / "traffic.json"
-    save_traffic(path, model_traffic(model, layout, MuonConfig()))
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=message):
-        load_traffic(path, layout)
 
 
 # -- pairs -----------------------------------------------------------------------------------------------------------
@@ -319,13 +193,10 @@ def test_slow_links_and_ranks_are_named() -> None:
     assert rank.medians == {True: 3.5}
     assert rank.rank_ratios == pytest.approx((4 / 3.5, 4 / 3.5, 10 / 3.5, 2 / 3.5))
     assert (rank.slow_ranks, rank.slow_links) == ((3,), ())
-    lines = list(links_table.pairs_lines(rank))
-    assert lines[2].split() == ["0", "-", "4.00", "10.00", "2.00", "1.14"]
-    assert lines[-3:] == [
-        "# median within a host: 3.50",
-        "# slowest link 0 - 3: 2.00, 0.57 of the median of its kind",
-        "# below 0.7 of the median: rank 3",
-    ]
+    found = Found((), rank, MeasuredLinks("here", None, None, 4.0))
+    text = as_text(lambda to: show(found, Request(Layout(dp=4), (), ()), to), 80)
+    assert "- median within a host: 3.5 GB/s each way\n- below 0.7 of the median: rank 3\n" in text
+    assert next(line.split() for line in text.splitlines() if " - " in line) == ["0", "-", "3", "2", "0.57"]
 
 
 def test_links_between_hosts_are_compared_with_each_other() -> None:
@@ -342,83 +213,48 @@ def test_links_between_hosts_are_compared_with_each_other() -> None:
 # -- on ranks --------------------------------------------------------------------------------------------------------
 
 
-def broken(operation: Operation) -> Operation:
-    """The same with one element wrong on the last rank of each group."""
-
-    def run(task: Task, buffers: Buffers) -> None:
-        operation.run(task, buffers)
-        if task.rank == task.world_size - 1:
-            buffers.receive[-1] += 1
-
-    return replace(operation, run=run)
-
-
-def measure(rank: int, world_size: int, settings: LinkSettings, breaks: bool = False) -> tuple[int, str, str]:
-    """The exit code, and what the rank printed."""
-    operations = {name: broken(o) for name, o in OPERATIONS.items()} if breaks else OPERATIONS
+def run_links(settings: LinkSettings) -> tuple[int, str, str]:
+    """The exit code, and what this rank printed."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = links_command.run(settings, operations)
+        code = links_command.run(settings)
+    release_groups()
     return code, out.getvalue(), err.getvalue()
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
-    content: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
-    return content
+def traffic_of_a_run(world_size: int) -> list[Traffic]:
+    """What the exchanges of a real optimizer send, this rank's."""
+    from megatron_muon.megatron.model.routing import tag_parameters
+    from megatron_muon.megatron.optimizer.build import get_megatron_optimizer
+    from tests.models import Layout as RunLayout
+    from tests.models import initialize, make_chunks, optimizer_config, wrap
+
+    layout, muon = RunLayout(world_size, tp=2, ep=2, etp=1), MuonConfig()
+    initialize(layout)
+    chunks = make_chunks("mla", layout, torch.bfloat16)
+    tag_parameters(chunks, muon)
+    optimizer = get_megatron_optimizer(optimizer_config(layout, torch.bfloat16), wrap(chunks, layout), muon=muon)
+    own = []
+    for part in optimizer.chained_optimizers:
+        if part.kind == "muon":
+            exchange = part.optimizer.exchange
+            expert = any(not getattr(p, "allreduce", True) for buffer in part.buffers for p in buffer.params)
+            ranks = dist.get_process_group_ranks(exchange.group)
+            own.append(plan_traffic(exchange.plan, expert=expert, ranks=ranks, itemsize=exchange.dtype.itemsize))
+    return own
 
 
-def test_two_ranks(tmp_path: Path) -> None:
-    settings = LinkSettings(
-        sweep=replace(QUICK, dtype="bfloat16"),
-        pair_bytes=4096,
-        json=tmp_path / "links.json",
-        plot=tmp_path / "links.png",
-        flight_recorder=tmp_path / "recorder",
-    )
-    (code, out, err), (code1, out1, _) = run_ranks(measure, 2, settings)
-    assert (code, code1, err, out1) == (0, 0, "", "")
-    rows = rows_of(tmp_path / "links.json")
-    # Both sizes of every collective, over the one kind of groups that two data-parallel ranks have.
-    assert [(r["collective"], r["size_bytes"]) for r in rows] == [(c, s) for c in SWEPT for s in (1024, 4096)]
-    assert {r["groups"] for r in rows} == {"dp=tp_dp"} and {r["type"] for r in rows} == {"bfloat16"}
-    for found in rows:
-        per_rank = found["collective"] in ("all_to_all", "all_gather", "reduce_scatter")
-        assert found["count"] == found["size_bytes"] // 2 // (2 if per_rank else 1)
-        there = {p for p in ("out_of_place", "in_place") if found[p] is not None}
-        expected = {
-            "all_reduce": {"in_place"},
-            "all_to_all": {"out_of_place"},
-            "send_recv": {"out_of_place"},
-        }
-        assert there == expected.get(found["collective"], {"out_of_place", "in_place"})
-        for placement in there:
-            timing = found[placement]
-            assert timing["wrong"] == 0 and timing["time_us"] == max(timing["rank_us"]) and len(timing["rank_us"]) == 2
-            algbw = found["size_bytes"] / timing["time_us"] / 1e3
-            factor = {"all_reduce": 1.0, "send_recv": 1.0}.get(found["collective"], 0.5)
-            assert timing["busbw_gbps"] == pytest.approx(algbw * factor)
-    # What --muon-profile-links takes from it.
-    for name, ceiling in read_links(str(tmp_path / "links.json")).items():
-        timings = [r[p] for r in rows if r["collective"] == name for p in ("out_of_place", "in_place") if r[p]]
-        assert ceiling.per_s == pytest.approx(1e9 * max(t["busbw_gbps"] for t in timings))
-    assert (tmp_path / "links.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in (tmp_path / "recorder").iterdir()) == [
-        "flight_recorder_rank0.json",
-        "flight_recorder_rank1.json",
-    ]
-    assert out.count("# Out of bounds values : 0 OK") == len(SWEPT)
-    assert "# ranks 2 dp 2 tp 1 pp 1 ep 1 etp 1; gloo on cpu" in out and "# slowest link 0 - 1" in out
-    # One line without a driver.
-    assert sum("NVML" in line for line in out.splitlines()) == 1 or "NVML topology" in out
-
-
-def exchange_and_measure(rank: int, world_size: int, settings: LinkSettings) -> tuple[list[int], int, str]:
-    """Bytes that a real exchange of the dense plan sends on this rank in each transfer; `links`' code and errors."""
+def exchanged(rank: int, world_size: int, settings: LinkSettings) -> list[int]:
+    """Bytes that a real exchange of the dense plan sends on this rank, of each all-to-all."""
     from megatron_muon.exchange.exchange import Exchange
 
-    layout = layout_for(world_size, tp=settings.tp, pp=1, ep=settings.ep, etp=settings.etp, instances=1)
-    muon = MuonConfig(exchange_dtype="fp32")
-    planned = PlanSettings(muon=muon, impl="local", cost=CostModel.for_device("cpu"), gpus_per_node=world_size)
+    layout = layout_for(world_size, settings)
+    planned = PlanSettings(
+        muon=MuonConfig(exchange_dtype="fp32"),
+        impl="local",
+        cost=CostModel.for_device("cpu"),
+        gpus_per_node=world_size,
+    )
     ((layers, bucket_size),) = distinct_stages(load_model(str(settings.model)), layout, planned)
     kinds = stage_plans(stage_kinds(layers, layout, planned), planned, bucket_size)
     (plan,) = next(plans for grid, _, plans in kinds if not grid.expert)
@@ -428,123 +264,119 @@ def exchange_and_measure(rank: int, world_size: int, settings: LinkSettings) -> 
         exchange.start(transfer)
         exchange.finish(transfer)
         sent.append(exchange.stats.bytes_sent)
-    code, _, err = measure(rank, world_size, settings)
-    return [after - before for before, after in itertools.pairwise(sent)], code, err
+    return [after - before for before, after in itertools.pairwise(sent)]
 
 
-def test_four_ranks_exchange_what_the_plan_says(tmp_path: Path, model: str) -> None:
-    """TP2 x DP2 with experts over two ranks: dense and expert all-to-alls at their real splits, each checked."""
-    settings = LinkSettings(
-        tp=2,
-        ep=2,
-        etp=1,
-        model=model,
-        exchange_dtype="fp32",
-        rounds=100,
-        collectives=("reduce_scatter", "all_reduce"),
-        sweep=replace(QUICK, max_bytes=1024, iterations=1),
-        pair_bytes=0,
-        json=tmp_path / "links.json",
-        save_traffic=tmp_path / "traffic.json",
-    )
-    results = run_ranks(exchange_and_measure, 4, settings)
-    assert [(code, err) for _, code, err in results] == [(0, "")] * 4
-    rows = rows_of(tmp_path / "links.json")
-    exchanges = [r for r in rows if r["collective"] == "all_to_allv"]
-    assert {r["label"].split()[0] for r in exchanges} == {"dense", "expert"}
-    assert all(r["out_of_place"]["wrong"] == 0 and r["in_place"] is None for r in exchanges)
-    dense = [r for r in exchanges if r["label"].startswith("dense")]
-    assert {r["groups"] for r in dense} == {"tp_dp"} and {str(r["ranks"]) for r in dense} == {"[[0, 1, 2, 3]]"}
-    assert [r["label"].split()[-1] for r in dense[:2]] == ["gather", "scatter"]
-    sent = [[r["sent_bytes"][0][rank] for r in dense] for rank in range(4)]
-    # A transfer of the exchange carries a round's gather and the scatter of the round two before.
-    fused = [[0] * (len(each) // 2 + 2) for each in sent]
-    for rank, each in enumerate(sent):
-        for index, numel in enumerate(each):
-            fused[rank][index // 2 + 2 * (index % 2)] += numel
-    assert fused == [sent_bytes for sent_bytes, _, _ in results]
+@dataclass
+class OnRank:
+    """What one of four ranks saw.
+
+    Attributes:
+        sent: Bytes of a real exchange, by all-to-all.
+        found: What was measured with the same plan.
+        uneven: Timings of two groups, of which the second has a transfer more.
+        refused: `run`'s code and output if ranks have other settings.
+        measured: `run`'s code and output otherwise.
+        run: Traffic of a real optimizer.
+    """
+
+    sent: list[int]
+    found: Found
+    uneven: list[Timing]
+    refused: tuple[int, str, str]
+    measured: tuple[int, str, str]
+    run: list[Traffic]
+
+
+PAIR = ((1, 2), (3, 4))
+
+
+def on_four_ranks(rank: int, world_size: int, settings: LinkSettings) -> OnRank:
+    sent = exchanged(rank, world_size, settings)
+    request = links_command.prepare(settings, world_size)
+    found = links_command.measure(settings, request, torch.device("cpu"))
+    (groups,) = (g for g in make_groups(request.layout, ["dp"]) if "dp" in g.kinds)
+    one, two = (Traffic(False, ranks, (PAIR,) * n) for n, ranks in ((1, (0, 2)), (2, (1, 3))))
+    uneven = list(Meter(settings, torch.device("cpu")).exchange(groups, [one, two], 100))
+    release_groups()
+    refused = run_links(replace(settings, iterations=1 + rank))
+    measured = run_links(replace(settings, pair_bytes=4096))
+    return OnRank(sent, found, uneven, refused, measured, traffic_of_a_run(world_size))
+
+
+def test_on_four_ranks(tmp_path: Path, model: str) -> None:
+    """TP2 x DP2 with experts over two ranks: real splits on Megatron's groups, slow pairs, and the planner's file."""
+    path = tmp_path / "links.json"
+    layout = Layout(dp=2, tp=2, ep=2, etp=1)
+    settings = replace(QUICK, tp=2, ep=2, etp=1, model=model, exchange_dtype="fp32", transfers=100, json=path)
+    results: list[OnRank] = run_ranks(on_four_ranks, 4, settings)
+
+    # The exchange that is measured is the one that a real exchange does.
+    timings = results[0].found.timings
+    assert all(r.found.timings == timings for r in results)
+    request = links_command.prepare(settings, 4)
+    (dense,) = (t for t in request.traffic if not t.expert)
+    replayed = [sent_bytes(matrix) for matrix in dense.transfers]
+    assert [[step[rank] for step in replayed] for rank in range(4)] == [r.sent for r in results]
     # Routers are stored by both tensor-parallel ranks: one copy goes, two come back.
-    assert sum(each[1] for each in sent) > sum(each[0] for each in sent) > 0
-    # Experts: two groups of two, one for each expert-parallel rank, which are the expert-data-parallel groups.
-    expert = [r for r in exchanges if r["label"].startswith("expert")]
-    assert {str(r["ranks"]) for r in expert} == {"[[0, 2], [1, 3]]"}
-    traffic = {t.ranks: t for t in load_traffic(tmp_path / "traffic.json", Layout(dp=2, tp=2, ep=2, etp=1)) if t.expert}
-    for index, ranks in enumerate(((0, 2), (1, 3))):
-        assert tuple(sum(r["sent_bytes"][index][i] for r in expert) for i in (0, 1)) == total_sent_bytes(traffic[ranks])
-    # Groups of the same ranks are measured once, in Megatron's rank order.
-    swept = {r["groups"]: r["ranks"] for r in rows if r["collective"] == "all_reduce"}
-    assert swept == {
-        "tp=ep": [[0, 1], [2, 3]],
-        "dp=expert_dp=expert_tp_dp": [[0, 2], [1, 3]],
-        "tp_dp": [[0, 1, 2, 3]],
+    assert sum(replayed[-1]) > sum(replayed[0]) > 0
+    exchanges = [t for t in timings if "transfer" in t.what]
+    assert [t.what for t in exchanges[:2]] == ["dense transfer 0", "dense transfer 1"]
+    assert {(t.groups, t.ranks) for t in exchanges if t.what.startswith("dense")} == {("tp_dp", ((0, 1, 2, 3),))}
+    assert {t.ranks for t in exchanges if t.what.startswith("expert")} == {((0, 2), (1, 3))}
+    assert [t.sizes_bytes for t in exchanges[:2]] == [(busiest_bytes(m),) for m in dense.transfers[:2]]
+    # Groups of the same ranks are measured once, in Megatron's rank order, at both sizes.
+    swept = [t for t in timings if t.what == "all_gather"]
+    assert {t.groups: t.ranks for t in swept} == {
+        "tp=ep": ((0, 1), (2, 3)),
+        "dp=expert_dp=expert_tp_dp": ((0, 2), (1, 3)),
+        "tp_dp": ((0, 1, 2, 3),),
     }
+    assert [t.sizes_bytes[0] for t in swept] == [1024, 4096] * 3
+    assert all(us is not None and us > 0 for t in timings for us in t.rank_us)
 
-
-def test_stages_with_other_rounds_take_part_where_they_have_them(tmp_path: Path) -> None:
-    """Two stages of one rank each with their own traffic: a plan recorded on rank 1 has a round more."""
-    path = tmp_path / "traffic.json"
-    rounds = [{"gather": [[5]], "scatter": [[6]]}]
-    entries = [{"expert": False, "dtype": "bf16", "ranks": [r], "rounds": rounds * (r + 1)} for r in (0, 1)]
-    path.write_text(json.dumps({"version": 1, "exchanges": entries}))
-    settings = LinkSettings(
-        pp=2,
-        traffic=path,
-        groups=("tp_dp", "pp"),
-        collectives=(),
-        sweep=QUICK,
-        pair_bytes=0,
-        json=tmp_path / "links.json",
-    )
-    with pytest.raises(ValueError, match="--groups: got tp_dp, which has one rank"):
-        links_command.prepare(settings, 2)
-    # The whole world exchanges in one group of two, and in a second round with another plan's rounds.
-    matrix = [[1, 2], [3, 4]]
-    pair = {"expert": False, "dtype": "bf16", "ranks": [0, 1], "rounds": [{"gather": matrix, "scatter": matrix}]}
-    other = {**pair, "ranks": [2, 3], "rounds": pair["rounds"] * 2}
-    path.write_text(json.dumps({"version": 1, "exchanges": [pair, other]}))
-    results = run_ranks(measure, 4, replace(settings, groups=("tp_dp",)))
-    assert [code for code, _, _ in results] == [0] * 4
-    rows = rows_of(tmp_path / "links.json")
-    assert [(r["label"], r["ranks"]) for r in rows] == [
-        ("dense round 0 gather", [[0, 1], [2, 3]]),
-        ("dense round 0 scatter", [[0, 1], [2, 3]]),
-        ("dense round 1 gather", [[2, 3]]),
-        ("dense round 1 scatter", [[2, 3]]),
+    # Groups with fewer transfers wait in the others.
+    uneven = results[0].uneven
+    assert [(t.what, t.ranks) for t in uneven] == [
+        ("dense transfer 0", ((0, 2), (1, 3))),
+        ("dense transfer 1", ((1, 3),)),
     ]
-    # Rank 1 sends 3 + 4 elements of 2 bytes, of which 3 to rank 0.
-    assert (rows[0]["size_bytes"], rows[0]["count"], rows[0]["sent_bytes"]) == (14, 7, [[4, 6], [4, 6]])
-    assert [us is None for us in rows[2]["out_of_place"]["rank_us"]] == [True, True, False, False]
+    assert uneven[0].sizes_bytes == (7, 7) and [us is None for us in uneven[1].rank_us] == [True, False, True, False]
+
+    message = "megatron_muon links: ranks [1, 2, 3] have other settings than rank 0; start all with the same command"
+    assert [r.refused[0] for r in results] == [2] * 4 and results[0].refused[2].startswith(message)
+    assert [r.measured[0] for r in results] == [0] * 4 and all(r.measured[1:] == ("", "") for r in results[1:])
+    assert "4 x CPU, gloo" in results[0].measured[1] and "tp=ep: 2 groups at the same time" in results[0].measured[1]
+    assert "- below 0.7 of the median: " in results[0].measured[1] and results[0].measured[2] == ""
+    links = load_links(path)
+    assert links.intra_node is not None and links.intra_node.bandwidth_gb_per_s > 0 and links.inter_node is None
+    assert links.launch_us is not None and links.launch_us > 0
+
+    # What a real optimizer exchanges is what is planned from the model's configuration.
+    (tmp_path / "config.json").write_text(json.dumps(HF_MLA))
+    planned = model_traffic(str(tmp_path / "config.json"), layout, MuonConfig(), device_type="cpu", ranks_per_node=4)
+    assert [t.expert for t in planned] == [False, True, True]
+    assert sorted({t for r in results for t in r.run}, key=lambda t: (t.expert, t.ranks)) == planned
 
 
-def test_a_broken_collective_is_found(tmp_path: Path) -> None:
-    settings = LinkSettings(sweep=replace(QUICK, max_bytes=1024), pair_bytes=0, json=tmp_path / "links.json")
-    results = run_ranks(measure, 2, settings, True)
-    assert [code for code, _, _ in results] == [1, 1]
-    for found in rows_of(tmp_path / "links.json"):
-        for placement in ("out_of_place", "in_place"):
-            assert found[placement] is None or found[placement]["wrong"] == 1, found["collective"]
-    assert results[0][1].count("FAILED") == len(SWEPT)
+def test_a_full_disk_loses_nothing_that_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process without torchrun; /dev/full refuses every byte."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.delenv("WORLD_SIZE")
+    code, out, err = run_links(replace(QUICK, json=Path("/dev/full")))
+    assert code == 1 and "No space left on device" in err and "world: 1 group, [0]" in out
+    assert not dist.is_initialized()
 
 
-def differ(rank: int, world_size: int) -> tuple[int, str, str]:
-    return measure(rank, world_size, LinkSettings(sweep=replace(QUICK, iterations=1 + rank)))
-
-
-def test_ranks_with_other_settings_are_refused() -> None:
-    results = run_ranks(differ, 2)
-    assert [code for code, _, _ in results] == [2, 2]
-    assert results[0][2] == "links: ranks [1] have other settings than rank 0; start all with the same command line\n"
-
-
-def test_a_full_disk_loses_nothing_that_is_printed() -> None:
-    """/dev/full refuses every byte."""
-    settings = LinkSettings(
-        sweep=replace(QUICK, max_bytes=1024), collectives=("all_reduce", "send_recv"), json=Path("/dev/full")
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_tables_fit(width: int) -> None:
+    timings = tuple(
+        Timing("dp=expert_dp=expert_tp_dp", ((0, 2), (1, 3)), what, (16_777_216, 16_777_216), (1e5, 1e5, 2e5, 3e5))
+        for what in ("all_to_all", "expert transfer 100")
     )
-    ((code, out, err),) = run_ranks(measure, 1, settings)
-    assert code == 1 and "No space left on device" in err
-    # A rank alone sends nothing to itself.
-    assert "# all_reduce over world: 1 group of 1 ranks: [0]" in out and "send_recv" not in out
+    found = Found(timings, pairs_of({}), MeasuredLinks("x", LinkFigures(1.0, 2.0), None, 4.0))
+    text = as_text(lambda to: show(found, Request(Layout(dp=4), (), ()), to), width)
+    assert max(map(len, text.splitlines())) <= width and text.count("300000.0") == 2 and "16777216" in text
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------
@@ -560,20 +392,16 @@ def test_a_full_disk_loses_nothing_that_is_printed() -> None:
         (["--groups", "tp"], "--groups: got tp, which has one rank in this layout"),
         (["-b", "8"], "--min-bytes: got 8, expected at least 16"),
         (["-b", "2M", "-e", "1M"], "--max-bytes: got 1048576, expected at least 2097152"),
-        (["-f", "1"], "--factor: got 1, expected at least 2"),
         (["-n", "0"], "--iterations: got 0, expected at least 1"),
         (["-w", "-1"], "--warmup: got -1, expected at least 0"),
-        (["--rounds", "0"], "--rounds: got 0"),
+        (["--transfers", "0"], "--transfers: got 0"),
         (["--backend", "nccl"], "--backend: got nccl, expected gloo, since torch finds no CUDA device here"),
         (["--model", "llama3-8b", "--groups", "dp"], "--model: got it for groups dp, expected tp_dp or expert_tp_dp"),
         (["--model", "gpt-5"], "no built-in model"),
         (["--model", "llama3-8b", "--exchange-dtype", "fp8"], "exchange_dtype: got 'fp8'"),
-        (["--exchange-dtype", "bf16"], "--exchange-dtype: got bf16, expected it with --model only"),
-        (["--save-traffic", "t.json"], "--save-traffic: got t.json, expected it with --model only"),
-        (["--traffic", "nowhere.json"], "--traffic: cannot read nowhere.json"),
-        (["--traffic", "a", "--model", "b"], "--model, --traffic: got both"),
+        (["--exchange-dtype", "bf16"], "--exchange-dtype: got bf16, expected it together with --model only"),
         (["--json", "/nowhere/links.json"], "--json: got /nowhere/links.json, expected a file in a directory that"),
-        (["--plot", "/"], "--plot: got /, expected a file"),
+        (["--json", "links.json", "--collectives"], "--json: expected all_to_all among --collectives"),
     ],
 )
 def test_bad_arguments(
@@ -599,4 +427,4 @@ def test_plan_of_another_group_is_refused(model: str) -> None:
     ((layers, bucket_size),) = distinct_stages(load_model(model), layout, settings)
     ((_, _, (plan,)),) = stage_plans(stage_kinds(layers, layout, settings), settings, bucket_size)
     with pytest.raises(ValueError, match="ranks: got 3, expected the plan's 2"):
-        plan_traffic(plan, expert=False, ranks=range(3), dtype="bf16")
+        plan_traffic(plan, expert=False, ranks=range(3), itemsize=2)

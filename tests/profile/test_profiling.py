@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import os
 import resource
 import time
@@ -24,13 +23,13 @@ from megatron_muon.observe.nvml import Reading, Sample
 from megatron_muon.observe.timing.ranks import RankStep
 from megatron_muon.observe.timing.steps import summarize_step
 from megatron_muon.observe.timing.trace import file_name, read_trace
-from megatron_muon.profile import profile_report as report
+from megatron_muon.profile.command import main
 from tests.checkpoint_runs import EXACT, build
 from tests.distributed import RankError, run_ranks
 from tests.models import Layout
 from tests.observe.test_step_metrics import Writer, count_collectives
 from tests.plans import FREE
-from tests.trace_schema import SCHEMA
+from tests.trace_schema import SCHEMA, load_events
 
 STEPS = 4
 TWO = Layout(2)
@@ -260,9 +259,8 @@ def test_a_flag_left_unset_leaves_nothing_behind(plain: list[Session]) -> None:
 def test_traces_are_valid(ranks: str, request: pytest.FixtureRequest) -> None:
     sessions, directory = request.getfixturevalue(ranks)
     for rank, seen in enumerate(sessions):
-        content = json.loads((directory / file_name(rank)).read_text())
-        jsonschema.validate(content, SCHEMA)
-        events = content["traceEvents"]
+        events = load_events(directory / file_name(rank))
+        jsonschema.validate(events, SCHEMA)
         steps = [e for e in events if e.get("cat") == "step"]
         assert [e["name"] for e in steps] == ["step 2", "step 4"]
         for event in steps:
@@ -317,13 +315,13 @@ def test_other_layouts(tmp_path: Path, name: str) -> None:
     assert same_training(plain, sessions)
     for rank, seen in enumerate(sessions):
         found = records(tmp_path, rank)
-        jsonschema.validate(json.loads((tmp_path / file_name(rank)).read_text()), SCHEMA)
+        jsonschema.validate(load_events(tmp_path / file_name(rank)), SCHEMA)
         assert sorted(found) == [2, 4]
         for step, record in found.items():
             assert (record.sent_bytes, record.team_bytes) == seen.planned
             assert record.sent_bytes + record.team_bytes == seen.sent[step - 1]
             assert ("param_gather" in record.busy_ms) == (name in ("ep2 dp2", "instances"))
-    assert report.main([str(tmp_path)]) == 0
+    assert main(["report", str(tmp_path)]) == 0
 
 
 def test_what_the_driver_counts(tmp_path: Path, plain: list[Session]) -> None:
@@ -342,6 +340,16 @@ def test_what_the_driver_counts(tmp_path: Path, plain: list[Session]) -> None:
     scalars = {name.partition("/")[2]: value for name, value in sessions[1].scalars.items()}
     assert (scalars["power_w_mean"], scalars["sm_clock_mhz_min"], scalars["throttled_ranks"]) == (400.0, 1480.0, 1)
     assert scalars["nvlink_sent_bytes_max"] == 2000 * 1024 and "pcie_sent_bytes_max" not in scalars
+
+
+def test_metrics_of_a_profiled_step_are_a_phase_of_their_own(tmp_path: Path) -> None:
+    """Steps 2 and 4 are profiled, step 4 is logged as well."""
+    both = {**settings(tmp_path), "log_interval": 4, "metrics_dir": str(tmp_path)}
+    run_ranks(session, 2, TWO, both)
+    for rank in range(2):
+        found = records(tmp_path, rank)
+        assert found[4].busy_ms["metrics"] > 0 and "metrics" not in found[2].busy_ms
+        assert sum(found[4].busy_ms.values()) <= found[4].wall_ms
 
 
 def test_without_a_driver_one_line_says_so(two: tuple[list[Session], Path]) -> None:
@@ -369,7 +377,7 @@ def test_a_disk_that_fills_up_leaves_the_steps_before(tmp_path: Path, plain: lis
     assert sessions[0].errors == "" and sessions[1].errors.count("rank 1 cannot write its profile") == 1
     assert sessions[1].errors.count("rank 1 cannot log its profile") == 1
     trace = read_trace(tmp_path / file_name(1))
-    jsonschema.validate(json.loads(trace.path.read_text()), SCHEMA)
+    jsonschema.validate(load_events(trace.path), SCHEMA)
     assert not trace.broken and sorted(trace.records()) == [1, 2]
     assert sorted(records(tmp_path, 0)) == [1, 2, 3, 4]
 
@@ -399,8 +407,8 @@ def test_a_rank_that_dies_ends_the_run_and_leaves_whole_traces(tmp_path: Path) -
 def test_links_that_cannot_be_read_are_refused_on_every_rank(tmp_path: Path) -> None:
     missing = str(tmp_path / "links.json")
     with pytest.raises(RankError) as error:
-        run_ranks(session, 2, TWO, {**settings(tmp_path), "profile_links": missing})
+        run_ranks(session, 2, TWO, {**settings(tmp_path), "links": missing})
     assert sorted(error.value.errors) == [0, 1]
     for name, message, _ in error.value.errors.values():
-        assert name == "ValueError" and message.startswith(f"--muon-profile-links: got {missing!r}")
+        assert name == "ValueError" and message.startswith(f"--muon-links {missing}: ")
     assert not list(tmp_path.iterdir())

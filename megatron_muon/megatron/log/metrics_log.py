@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.observe.metric_names import FILE_NAME, METRICS, by_kind
+from megatron_muon.observe.metric_names import FILE_NAME, METRICS, by_layer_kind, orthogonality_range
 from megatron_muon.observe.step_metrics import Recorder, combine, summarize_ranks
 from megatron_muon.optimizer.observer import UNOBSERVED
 
@@ -23,15 +23,14 @@ if TYPE_CHECKING:
 class MetricsLog:
     """Measures every `log_interval`th step of a chain's Muon optimizers.
 
-    Every rank makes one. On a step that is logged the ranks issue one more all-to-all for each optimizer (a sample of
-    the weights) and one gather over the world, to the rank that has Megatron's writers, the last one. On other steps
-    there is nothing.
+    Every rank makes one. On a logged step the ranks issue one more all-to-all for each optimizer (a sample of the
+    weights) and one gather over the world to the last rank, which has Megatron's writers. Other steps cost nothing.
 
     Attributes:
-        sources: Called on every rank after a step that is logged; what they return (name -> number) is logged with the
-            largest value of all ranks. The hook for what other parts measure, such as attention logits. A name with a
-            slash (`what/where`) is left out of the line of text.
-        counters: As `sources`, of which the sum over all ranks is logged.
+        sources: Functions called on every rank after a logged step; they return name -> number, of which the largest
+            over the ranks is logged. Other parts add theirs here, such as attention logits. A name with a slash
+            (`what/where`) does not appear in the line of text.
+        counters: Functions as in `sources`; the sum over the ranks is logged.
     """
 
     def __init__(self, muon: MuonConfig, optimizers: Sequence[MuonDistributedOptimizer]) -> None:
@@ -78,6 +77,14 @@ class MetricsLog:
         if gathered is not None:
             self._write(step, gathered)
 
+    def _expected(self) -> dict[str, Any]:
+        """What the settings aim at, for reports: metric -> a value, or the ends of a range."""
+        muon = self.muon
+        out: dict[str, Any] = {"orthogonality_error": orthogonality_range(muon.coefficients, muon.ns_steps)}
+        if muon.scale_mode == "rms":
+            out["update_rms"] = muon.update_rms * muon.extra_scale_factor
+        return out
+
     def _write(self, step: int, gathered: list[Any]) -> None:
         matrices = combine(sums for rank in gathered for sums in rank[0])
         run = summarize_ranks([rank[1] for rank in gathered])
@@ -94,8 +101,9 @@ class MetricsLog:
         if directory:
             Path(directory).mkdir(parents=True, exist_ok=True)
             with (Path(directory) / FILE_NAME).open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "run": run, "matrices": matrices}) + "\n")
-        print(_line(step, matrices, run), flush=True)
+                record = {"step": step, "run": run, "matrices": matrices, "expected": self._expected()}
+                file.write(json.dumps(record) + "\n")
+        print(log_line(step, matrices, run), flush=True)
 
 
 def writers() -> tuple[Any, Any, str]:
@@ -123,7 +131,7 @@ def _to_tensorboard(
     for name, value in run.items():
         writer.add_scalar(f"muon/{name}", value, step)
     for metric in METRICS:
-        for kind, values in by_kind(matrices, metric).items():
+        for kind, values in by_layer_kind(matrices, metric).items():
             writer.add_scalar(f"muon_{metric}/{kind}", sum(values) / len(values), step)
             writer.add_histogram(f"muon_{metric}/{kind}", torch.tensor(values), step)
 
@@ -131,18 +139,35 @@ def _to_tensorboard(
 def _to_wandb(wandb: Any, step: int, matrices: Mapping[str, Mapping[str, float]], run: Mapping[str, float]) -> None:
     content: dict[str, Any] = {f"muon/{name}": value for name, value in run.items()}
     for metric in METRICS:
-        for kind, values in by_kind(matrices, metric).items():
+        for kind, values in by_layer_kind(matrices, metric).items():
             content[f"muon_{metric}/{kind}"] = sum(values) / len(values)
             content[f"muon_{metric}/{kind}/histogram"] = wandb.Histogram(values)
     wandb.log(content, step)
 
 
-def _line(step: int, matrices: Mapping[str, Mapping[str, float]], run: Mapping[str, float]) -> str:
-    """For the log: for each metric the range over all matrices, then what the ranks spent."""
-    parts = []
-    for metric in METRICS:
-        values = [value for of_kind in by_kind(matrices, metric).values() for value in of_kind]
+LINE_WIDTH = 120
+# What the line shows while there is room: what is wrong, metrics over all matrices, what other parts measure.
+_IF_NOT_ZERO = ("qk_nonfinite_heads", "qk_clipped_heads")
+_IN_LINE = ("update_rms", "orthogonality_error", "max_attention_logit", "update_to_weight", "ns_ms_max")
+# First words of the names that `summarize_ranks` gives.
+_SPENT = ("ns", "sent")
+
+
+def log_line(step: int, matrices: Mapping[str, Mapping[str, float]], run: Mapping[str, float]) -> str:
+    """The line for the log, at most `LINE_WIDTH` columns; TensorBoard and the file have everything."""
+    others = [name for name in run if "/" not in name and name.partition("_")[0] not in _SPENT]
+    names = dict.fromkeys((*(name for name in _IF_NOT_ZERO if run.get(name)), *_IN_LINE, *others))
+    line = f"megatron_muon: step {step}:"
+    for name in names:
+        values = [value for of_kind in by_layer_kind(matrices, name).values() for value in of_kind]
+        words = name.removesuffix("_error").replace("_", " ")
         if values:
-            parts.append(f"{metric.replace('_', ' ')} {min(values):.3g} to {max(values):.3g}")
-    parts += [f"{name.replace('_', ' ')} {value:.4g}" for name, value in run.items() if "/" not in name]
-    return f"megatron_muon: step {step}: " + ", ".join(parts)
+            part = f" {words} {min(values):.3g} to {max(values):.3g},"
+        elif name in run and (run[name] or name not in _IF_NOT_ZERO):
+            part = f" {words} {run[name]:.4g},"
+        else:
+            continue
+        # The last comma is dropped.
+        if len(line) + len(part) - 1 <= LINE_WIDTH:
+            line += part
+    return line.removesuffix(",")

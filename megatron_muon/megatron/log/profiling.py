@@ -22,12 +22,13 @@ from megatron_muon.config import TORCH_DTYPES, MuonConfig
 from megatron_muon.exchange.phases import LABELS
 from megatron_muon.megatron.log.metrics_log import write_scalars, writers
 from megatron_muon.observe.nvml import Sample, difference, open_current_device
-from megatron_muon.observe.timing.peaks import Ceiling, Peaks, RunFacts, arithmetic_ceilings, link_ceiling, read_links
+from megatron_muon.observe.timing.peaks import RunFacts, arithmetic_ceiling, link_ceiling
 from megatron_muon.observe.timing.ranks import Duty, RankStep, counted_bytes, rank_step
 from megatron_muon.observe.timing.recording import Recording, clock_for
 from megatron_muon.observe.timing.steps import StepSummary, median_step, scalars, summarize_step
-from megatron_muon.observe.timing.table import run_summary, step_table, warnings_of
+from megatron_muon.observe.timing.table import log_width, problem_line, run_summary, step_table
 from megatron_muon.observe.timing.trace import TraceFile, file_name
+from megatron_muon.plan.links_file import MeasuredLinks, load_links
 
 if TYPE_CHECKING:
     from megatron_muon.megatron.optimizer.distributed import MuonDistributedOptimizer
@@ -40,16 +41,17 @@ _KEPT_STEPS = 1000
 class Profiler:
     """Times every `profile`th step of a chain's optimizers.
 
-    Collective over the world: its construction, and `finish`, with one all-gather of a few hundred bytes a rank. Steps
-    that are not due see nothing of it. Whatever cannot be written is given up with one warning, and training goes on.
+    The construction is collective over the world, and so is `finish`, with one all-gather of a few hundred bytes a
+    rank. Steps that are not due cost nothing. A file that cannot be written is given up with one warning, and training
+    continues.
 
     Args:
         muon: Muon's settings.
-        optimizers: The chain's Muon optimizers, the same kinds on every rank.
-        chunks: The model's, whose parameters are gathered after the step.
+        optimizers: Muon optimizers of the chain, of the same kinds on every rank.
+        chunks: Model chunks; their parameters are gathered after the step.
 
     Raises:
-        ValueError: On every rank, if `profile_links` names no file of measured links.
+        ValueError: On every rank, if the file of `muon.links` cannot be read on rank 0.
     """
 
     def __init__(self, muon: MuonConfig, optimizers: Sequence[MuonDistributedOptimizer], chunks: Sequence[Any]) -> None:
@@ -63,7 +65,7 @@ class Profiler:
         self._counted = (0, 0)
         self._gpu, self._no_gpu = open_current_device()
         self._sample: Sample | None = None
-        kinds = [kind_of(optimizer) for optimizer in optimizers]
+        kinds = [optimizer_kind(optimizer) for optimizer in optimizers]
         self._duties = [
             Duty.of(kind, dist.get_process_group_ranks(optimizer.grid.group)[0], exchange)
             for kind, optimizer, exchange in zip(kinds, optimizers, self._exchanges, strict=True)
@@ -76,33 +78,26 @@ class Profiler:
         self._start(device, overlaps)
 
     def _start(self, device: torch.device, overlaps: bool) -> None:
-        """Agrees on what the run's numbers are compared with, and makes the trace files."""
+        """Agrees on the rates that the run is compared with, and makes the trace files. Collective over the world."""
         on_gpu = device.type == "cuda"
         device_name = torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine()
         nodes = self.optimizers[0].grid.node_of
-        ceilings = arithmetic_ceilings(device, TORCH_DTYPES[self.muon.ns_dtype])
-        # All ranks need not see the file, nor the directory of rank 0's TensorBoard.
-        links, problem = _links(self.muon.profile_links) if self.rank == 0 else ({}, "")
-        own = (ceilings, links, problem, uuid.uuid4().hex, writers()[2])
+        # Not all ranks need to see the file, nor the directory of rank 0's TensorBoard.
+        links, problem = _links(self.muon.links) if self.rank == 0 else (None, "")
+        own = (arithmetic_ceiling(device, TORCH_DTYPES[self.muon.ns_dtype]), links, problem, uuid.uuid4().hex)
         gathered: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, own)
+        dist.all_gather_object(gathered, (*own, writers()[2]))
         if gathered[0][2]:
             raise ValueError(gathered[0][2])
-        links = gathered[0][1]
-        peaks = Peaks(
-            link=link_ceiling(device_name, device.type, one_node=nodes is None or len(set(nodes)) == 1),
-            measured_link=links.get("all_to_all"),
-            measured_all_gather=links.get("all_gather"),
-            flops=max((flops for (flops, _), *_ in gathered), key=lambda ceiling: ceiling.per_s),
-            memory=max((memory for (_, memory), *_ in gathered), key=lambda ceiling: ceiling.per_s),
-        )
+        one_node = nodes is None or len(set(nodes)) == 1
         self.facts = RunFacts(
             device_type=device.type,
             device_name=device_name,
             world_size=dist.get_world_size(),
             rounds=max(exchange.num_rounds for exchange in self._exchanges),
             overlap_param_gather=overlaps,
-            peaks=peaks,
+            link=link_ceiling(device_name, device.type, one_node=one_node, links=gathered[0][1]),
+            flops=max((flops for flops, *_ in gathered), key=lambda ceiling: ceiling.per_s),
             settings=dataclasses.asdict(self.muon),
         )
         board = gathered[0][4] or gathered[-1][4]
@@ -121,7 +116,7 @@ class Profiler:
         problems: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(problems, self.trace.problem if self.trace is not None else "")
         if self.rank == 0:
-            _say(warnings_of([problem for problem in problems if problem]))
+            _warn(problem_line([problem for problem in problems if problem]))
             if self._no_gpu:
                 print(f"megatron_muon: {self._no_gpu}", flush=True)
             # At the run's end, however it ends, unless the optimizer is gone before.
@@ -129,11 +124,11 @@ class Profiler:
 
     @property
     def due(self) -> bool:
-        """Whether the step that comes next is profiled; the same on all ranks."""
+        """Whether the next step is profiled; the same on all ranks."""
         return (self.optimizers[0].optimizer.updates + 1) % self.muon.profile == 0
 
     def begin(self) -> None:
-        """Begins to record. Issues nothing and waits for nothing but a few calls of the driver."""
+        """Begins to record. Issues nothing, and waits for a few calls of the driver only."""
         self._sample = self._gpu.sample() if self._gpu is not None else None
         self._counted = counted_bytes(self._exchanges)
         self._recording = Recording(self._clock)
@@ -150,7 +145,7 @@ class Profiler:
             yield
 
     def finish(self) -> None:
-        """Ends the recording, and collects and writes what it says. Collective over the world."""
+        """Ends the recording, and collects and writes its numbers. Collective over the world."""
         assert self._recording is not None
         recorded = self._recording.finish()
         self._recording = None
@@ -174,7 +169,7 @@ class Profiler:
         sync_ns = time.perf_counter_ns()
         if self.trace is not None and not self.trace.problem:
             self.trace.append(recorded, record, sync_ns)
-            _say(warnings_of([self.trace.problem] if self.trace.problem else []))
+            _warn(problem_line([self.trace.problem] if self.trace.problem else []))
         self._report(gathered)
 
     def _report(self, records: Sequence[RankStep]) -> None:
@@ -187,10 +182,10 @@ class Profiler:
                 write_scalars("muon_profile", summary.step, scalars(summary))
             except OSError as error:
                 self._has_writer = False
-                _say(f"megatron_muon: rank {self.rank} cannot log its profile: {error}; training goes on without it")
+                _warn(f"megatron_muon: rank {self.rank} cannot log its profile: {error}; training continues without it")
         if self.rank == 0:
             self.summaries.append(summary)
-            print(step_table(summary, self.facts), end="", flush=True)
+            print(step_table(summary, self.facts, log_width()), end="", flush=True)
 
     def close(self) -> None:
         """Prints the run's summary on rank 0, once; otherwise the process does on its way out. Issues no collective."""
@@ -200,10 +195,10 @@ class Profiler:
 
 def _print_summary(summaries: Sequence[StepSummary], facts: RunFacts) -> None:
     if summaries:
-        print(run_summary(median_step(summaries), facts), end="", flush=True)
+        print(run_summary(median_step(summaries), facts, log_width()), end="", flush=True)
 
 
-def kind_of(optimizer: MuonDistributedOptimizer) -> str:
+def optimizer_kind(optimizer: MuonDistributedOptimizer) -> str:
     """Whether an optimizer's matrices are `dense` or `experts`."""
     return "experts" if any(g.get("is_expert_parallel") for g in optimizer.optimizer.param_groups) else "dense"
 
@@ -219,12 +214,12 @@ def param_gather_bytes(chunks: Sequence[Any]) -> int:
     return total
 
 
-def _links(path: str) -> tuple[dict[str, Ceiling], str]:
+def _links(path: str) -> tuple[MeasuredLinks | None, str]:
     """(measured links, what is wrong with the file)."""
     try:
-        return (read_links(path) if path else {}), ""
+        return (load_links(path) if path else None), ""
     except ValueError as error:
-        return {}, str(error)
+        return None, str(error)
 
 
 def _clock_id() -> str:
@@ -235,6 +230,6 @@ def _clock_id() -> str:
         return platform.node()
 
 
-def _say(line: str) -> None:
+def _warn(line: str) -> None:
     if line:
         print(line, file=sys.stderr, flush=True)

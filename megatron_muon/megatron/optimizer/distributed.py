@@ -31,7 +31,6 @@ _NOT_IN_CHECKPOINTS = frozenset(
         "metrics_dir",
         "profile",
         "profile_dir",
-        "profile_links",
         "verify_checkpoint",
     }
 )

@@ -1,4 +1,4 @@
-"""What holds a step up, and the flag that would help: rules on the numbers of profiled steps."""
+"""What slows a step down, and the flag that would help: rules on the numbers of profiled steps."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Finding:
     """Something that takes time.
 
     Attributes:
-        part: Of the step: a key of `PARTS`.
-        share: Its mean share of the step's time.
-        cause: What the numbers say.
+        part: Part of the step, a key of `PARTS`.
+        share: Mean share of the step's time.
+        cause: Explanation by the numbers.
         advice: What would help.
-        flag: The flag to set, with its value; empty where there is none.
+        flag: Flag to set, with its value; empty where there is none.
     """
 
     part: str
@@ -51,11 +51,12 @@ PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
         "teams": ("Teams", ("teams",)),
         "param_gather": ("Gathering parameters", ("param_gather",)),
         "second_moment": ("The second moment", ("second_moment",)),
+        "metrics": ("Measuring the logged metrics", ("metrics",)),
         "local": ("Momentum, packing and applying", ("momentum", "pack", "unpack", "apply")),
-        "other": ("AdamW's part, casts and starting operations", ("other",)),
+        "other": ("AdamW's part, casts and launches", ("other",)),
     }
 )
-"""What a step's time is divided into: part -> (what it is called, its phases)."""
+"""The parts of a step's time: key -> (title, phases)."""
 
 
 def find(summary: StepSummary, facts: RunFacts) -> list[Finding]:
@@ -75,8 +76,8 @@ def find(summary: StepSummary, facts: RunFacts) -> list[Finding]:
 
 
 def _compute(summary: StepSummary, facts: RunFacts, share: float) -> Finding:
-    rate, peak = summary.ns_flops_per_s, facts.peaks.flops.per_s
-    cause = f"{arithmetic(rate)} a rank, {rate / peak:.0%} of {arithmetic(peak)} ({facts.peaks.flops.source})"
+    rate, peak = summary.ns_flops_per_s, facts.flops.per_s
+    cause = f"{arithmetic(rate)} a rank, {rate / peak:.0%} of {arithmetic(peak)} ({facts.flops.source})"
     settings, on_gpu = facts.settings, facts.device_type == "cuda"
     if on_gpu and settings["ns_dtype"] == "fp32":
         return Finding("compute", share, cause, "bf16 products are many times faster", "--muon-ns-dtype bf16")
@@ -118,7 +119,7 @@ def _exchange(summary: StepSummary, facts: RunFacts, share: float) -> Finding:
         uneven = _uneven(summary, facts, "exchange", share)
         if uneven is not None:
             return uneven
-    known = facts.peaks.measured_link or facts.peaks.link
+    known = facts.link
     wire = min(summary.wires.values(), key=lambda wire: wire.bytes_per_s or math.inf)
     cause = f"{summary.hidden_share or 0.0:.0%} of the exchange is hidden; {bandwidth(wire.bytes_per_s)}, "
     cause += f"{wire.bytes_per_s / known.per_s:.0%} of {bandwidth(known.per_s)} ({known.source})"
@@ -173,6 +174,11 @@ def _local(summary: StepSummary, facts: RunFacts, share: float) -> Finding:
     return Finding("local", share, cause, "Bound by memory; slices shrink with every data-parallel rank")
 
 
+def _metrics(summary: StepSummary, facts: RunFacts, share: float) -> Finding:
+    cause = "this step is logged as well as profiled; steps that are not logged do not pay for it"
+    return Finding("metrics", share, cause, "Profile other steps than those of --muon-log-interval to leave it out")
+
+
 def _other(summary: StepSummary, facts: RunFacts, share: float) -> Finding:
     return Finding("other", share, "none of Muon's phases", "Nothing of Muon's would change it")
 
@@ -184,6 +190,7 @@ _RULES: Mapping[str, Callable[[StepSummary, RunFacts, float], Finding]] = Mappin
         "teams": _teams,
         "param_gather": _param_gather,
         "second_moment": _second_moment,
+        "metrics": _metrics,
         "local": _local,
         "other": _other,
     }

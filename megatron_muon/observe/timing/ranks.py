@@ -1,4 +1,4 @@
-"""What one rank did in one profiled step, in numbers that other ranks can be sent and a file can hold."""
+"""What one rank did in one profiled step, as numbers that can be sent to other ranks and stored in a file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_muon.exchange.exchange import Exchange
-from megatron_muon.newton_schulz import newton_schulz_bytes
 from megatron_muon.observe.nvml import Difference
 from megatron_muon.observe.timing.overlap import hidden_share, union
 from megatron_muon.observe.timing.recording import Recorded, Span
@@ -15,15 +14,14 @@ from megatron_muon.observe.timing.recording import Recorded, Span
 
 @dataclass(frozen=True)
 class Duty:
-    """What an optimizer's plan gives this rank to do in every step.
+    """What the plan of one optimizer gives this rank to do in every step.
 
     Attributes:
         kind: `dense` or `experts`.
-        group: Names the ranks that exchange with each other, the same on all of them: the first one's global rank.
-        sent_bytes: To owners and back, to other ranks.
-        team_bytes: To other members of teams.
-        flops: By round, Newton-Schulz of matrices that this rank has alone.
-        traffic_bytes: By round, the memory traffic that these FLOPs need at least.
+        group: Global rank of the first rank of the exchange's group, which names the group.
+        sent_bytes: Bytes to owners and back, to other ranks.
+        team_bytes: Bytes to other members of teams.
+        flops: Newton-Schulz of matrices that this rank has alone.
         team_flops: Newton-Schulz of bands.
     """
 
@@ -31,41 +29,20 @@ class Duty:
     group: int
     sent_bytes: int
     team_bytes: int
-    flops: tuple[int, ...]
-    traffic_bytes: tuple[int, ...]
+    flops: int
     team_flops: int
 
     @classmethod
     def of(cls, kind: str, group: int, exchange: Exchange) -> Duty:
         """This rank's part of an exchange's plan."""
         plan, rank = exchange.plan, exchange.rank
-        flops, traffic = [], []
-        team_flops = 0
+        flops = {False: 0, True: 0}
         for round_index in range(len(plan.rounds)):
-            alone = [item for item in plan.items(round_index, owner=rank) if plan.team(item) is None]
-            mates = [item for item in plan.items(round_index, owner=rank) if plan.team(item) is not None]
-            flops.append(sum(map(plan.item_flops, alone)))
-            team_flops += sum(map(plan.item_flops, mates))
-            total = 0
-            for item in alone:
-                count, rows, cols = plan.spec(item).logical_shape(item.part)
-                share = plan.share(item)
-                count = count * (share.stop - share.start) // plan.spec(item).joined_shape(item.part)[share.dim]
-                one = newton_schulz_bytes(
-                    rows, cols, plan.ns_steps, plan.ns_method, dtype=plan.ns_dtype, device_type=plan.cost.device_type
-                )
-                total += count * one
-            traffic.append(total)
+            for item in plan.items(round_index, owner=rank):
+                flops[plan.team(item) is not None] += plan.item_flops(item)
         near, far = plan.team_sent_bytes()
-        return cls(
-            kind=kind,
-            group=group,
-            sent_bytes=plan.sent_numel()[rank] * exchange.dtype.itemsize,
-            team_bytes=near[rank] + far[rank],
-            flops=tuple(flops),
-            traffic_bytes=tuple(traffic),
-            team_flops=team_flops,
-        )
+        sent = plan.sent_numel()[rank] * exchange.dtype.itemsize
+        return cls(kind, group, sent, near[rank] + far[rank], flops[False], flops[True])
 
 
 @dataclass(frozen=True)
@@ -73,30 +50,15 @@ class Transfer:
     """One collective of the exchange on this rank.
 
     Attributes:
-        key: The same on all ranks that take part in it, and on no others.
+        key: Name that is the same on all ranks that take part in it, and on no others.
         name: One of `phases.FLIGHTS`.
-        sent_bytes: To other ranks.
-        ms: From its issue here to its completion here, so that it includes waiting for ranks that issue it later.
+        sent_bytes: Bytes to other ranks.
+        ms: Time from its issue to its end on this rank, which includes waiting for ranks that issue it later.
     """
 
     key: str
     name: str
     sent_bytes: int
-    ms: float
-
-
-@dataclass(frozen=True)
-class Product:
-    """Newton-Schulz of one round, of matrices that this rank has alone.
-
-    Attributes:
-        flops: Of its matrix products.
-        traffic_bytes: Least memory traffic.
-        ms: Time.
-    """
-
-    flops: int
-    traffic_bytes: int
     ms: float
 
 
@@ -107,20 +69,19 @@ class RankStep:
     Attributes:
         step: Number of the update, from 1.
         rank: Global rank.
-        wall_ms: The whole optimizer step.
-        busy_ms: Phase (`phases.BUSY`) -> time in it; phases that did not occur are missing.
-        transfers: The exchange's collectives.
-        products: Newton-Schulz, by optimizer and round.
-        in_flight_ms: While any collective of the exchange was under way.
-        exposed_ms: While one was under way and the rank waited.
-        sent_bytes: That the exchange counted as sent to other ranks.
-        team_bytes: The same of teams.
-        planned_bytes: What the plans say for `sent_bytes`.
-        planned_team_bytes: What they say for `team_bytes`.
-        flops: Newton-Schulz of matrices that this rank has alone, by the plans.
-        team_flops: Newton-Schulz of bands, by the plans.
-        param_gather_bytes: What the rank sends in the parameter gather; 0 if it is not part of the step.
-        device: What NVML counted meanwhile, as `nvml.Difference.to_json` gives it; None without a driver.
+        wall_ms: Time of the whole optimizer step.
+        busy_ms: Time by phase (`phases.BUSY`); phases that did not occur are missing.
+        transfers: Collectives of the exchange.
+        in_flight_ms: Time in which a collective of the exchange was under way.
+        exposed_ms: Part of `in_flight_ms` in which the rank waited.
+        sent_bytes: Bytes to other ranks, as the exchange counted them.
+        team_bytes: Bytes to other members of teams, as the exchange counted them.
+        planned_bytes: `sent_bytes` according to the plans.
+        planned_team_bytes: `team_bytes` according to the plans.
+        flops: Newton-Schulz of matrices that this rank has alone, according to the plans.
+        team_flops: Newton-Schulz of bands, according to the plans.
+        param_gather_bytes: Bytes sent in the parameter gather; 0 if it is not part of the step.
+        device: What NVML counted in the step, as `nvml.Difference.to_json` gives it; None without a driver.
     """
 
     step: int
@@ -128,7 +89,6 @@ class RankStep:
     wall_ms: float
     busy_ms: Mapping[str, float]
     transfers: Sequence[Transfer]
-    products: Sequence[Product]
     in_flight_ms: float
     exposed_ms: float
     sent_bytes: int
@@ -142,7 +102,7 @@ class RankStep:
 
     @property
     def other_ms(self) -> float:
-        """Time in no phase: AdamW's part of the step, casts, and starting things."""
+        """Time in no phase: AdamW's part of the step, casts, and launching operations."""
         return max(self.wall_ms - sum(self.busy_ms.values()), 0.0)
 
     @property
@@ -159,7 +119,7 @@ class RankStep:
         """The inverse of `to_json`.
 
         Raises:
-            ValueError: If it is no such record.
+            ValueError: If `record` is something else.
         """
         try:
             return cls(
@@ -169,7 +129,6 @@ class RankStep:
                     "rank": int(record["rank"]),
                     "busy_ms": {str(name): float(ms) for name, ms in record["busy_ms"].items()},
                     "transfers": tuple(Transfer(**entry) for entry in record["transfers"]),
-                    "products": tuple(Product(**entry) for entry in record["products"]),
                 }
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -204,13 +163,8 @@ def rank_step(
     """
     groups = {duty.kind: duty for duty in duties}
     busy_ms: dict[str, float] = {}
-    products = []
     for span in recorded.busy:
         busy_ms[span.name] = busy_ms.get(span.name, 0.0) + span.ms
-        if span.name == "newton_schulz" and span.round_index is not None:
-            duty = groups[span.kind]
-            if flops := duty.flops[span.round_index]:
-                products.append(Product(flops, duty.traffic_bytes[span.round_index], span.ms))
     waits = [span for span in recorded.busy if span.name == "wait"]
     flights = _seconds(recorded.flights)
     in_flight_ms = 1e3 * sum(stop - start for start, stop in union(flights))
@@ -224,14 +178,13 @@ def rank_step(
             Transfer(f"{f.kind} {groups[f.kind].group} {f.name} {f.round_index}", f.name, f.sent_bytes, f.ms)
             for f in recorded.flights
         ),
-        products=tuple(products),
         in_flight_ms=in_flight_ms,
         exposed_ms=in_flight_ms * (1.0 - hidden),
         sent_bytes=counted[0],
         team_bytes=counted[1],
         planned_bytes=sum(duty.sent_bytes for duty in duties),
         planned_team_bytes=sum(duty.team_bytes for duty in duties),
-        flops=sum(sum(duty.flops) for duty in duties),
+        flops=sum(duty.flops for duty in duties),
         team_flops=sum(duty.team_flops for duty in duties),
         param_gather_bytes=param_gather_bytes,
         device=None if device is None else device.to_json(),

@@ -38,7 +38,7 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """The monotonic clock: what sets the system's time does not touch it."""
+    """The monotonic clock, which no change of the system's time affects."""
 
     on_host = True
 
@@ -53,7 +53,7 @@ class CudaClock:
     """Events of the device, brought to the host's monotonic clock by one event that the host has waited for.
 
     Args:
-        device: Whose streams are marked.
+        device: Device of the marked streams.
     """
 
     on_host = False
@@ -86,11 +86,11 @@ class Span:
 
     Attributes:
         name: One of `phases.BUSY` or `phases.FLIGHTS`.
-        kind: Whose: `dense` or `experts`; empty for what they share.
-        round_index: None where there are no rounds.
-        start_ns: Of `time.perf_counter_ns`.
-        stop_ns: The same.
-        sent_bytes: Of a collective: what this rank sends to others.
+        kind: `dense` or `experts`; empty for what they share.
+        round_index: Round; None where there are no rounds.
+        start_ns: Begin, in nanoseconds of `time.perf_counter_ns`.
+        stop_ns: End, on the same clock.
+        sent_bytes: Bytes that this rank sends to others in a collective.
     """
 
     name: str
@@ -110,9 +110,9 @@ class Recorded:
     """A step as one rank saw it.
 
     Attributes:
-        whole: From the recording's begin to its end.
-        busy: What the rank did, in the order in which it began.
-        flights: Collectives of the exchange. One that its backend cannot tell the end of is missing.
+        whole: The recording from begin to end.
+        busy: Phases in the order in which they began. They do not overlap: an inner phase divides the outer one.
+        flights: Collectives of the exchange that ended while this was recorded.
     """
 
     whole: Span
@@ -132,31 +132,36 @@ class Recording:
     _begin: Any = field(init=False)
     _busy: list[tuple[str, str, int | None, Any, Any]] = field(default_factory=list)
     _flights: list[_Flying] = field(default_factory=list)
+    _current: tuple[str, str, int | None, Any] | None = None
 
     def __post_init__(self) -> None:
         self._begin = self.clock.mark()
 
     def watch(self, kind: str) -> RecordingWatch:
-        """A `phases.Watch` whose phases this recording keeps under `kind`."""
+        """A `phases.Watch`; its phases are recorded as those of `kind`."""
         return RecordingWatch(self, kind)
 
     @contextmanager
     def phase(self, name: Busy, round_index: int | None = None, kind: str = "") -> Iterator[None]:
-        """Times what runs inside."""
+        """Times what runs inside. The time of a phase within another one is not the outer one's."""
+        begin = self.clock.mark()
+        outer, self._current = self._current, (name, kind, round_index, begin)
+        if outer is not None:
+            self._busy.append((*outer, begin))
         with record_function(label(name, round_index)):
-            begin = self.clock.mark()
             yield
-            end = self.clock.mark()
-        self._busy.append((name, kind, round_index, begin, end))
+        end = self.clock.mark()
+        self._busy.append((*self._current, end))
+        self._current = None if outer is None else (*outer[:3], end)
         if name == "wait":
             for flying in self._flights:
                 if (flying.kind, flying.round_index) == (kind, round_index) and flying.ended is None:
-                    flying.end.append(end)
+                    flying.end = flying.end or [end]
 
     def collective(
         self, name: Flight, round_index: int, sent_bytes: int, issue: Callable[[], dist.Work | None], kind: str
     ) -> dist.Work | None:
-        """Notes when what `issue` starts is issued and when it completes."""
+        """Records when a collective is issued and when it ends: on the host when it completes, on a GPU at its wait."""
         with record_function(label(name, round_index)):
             begin = self.clock.mark()
             work = issue()
@@ -164,7 +169,7 @@ class Recording:
             flying = _Flying(name, kind, round_index, sent_bytes, begin)
             if self.clock.on_host:
                 try:
-                    # Runs on Gloo's thread when the collective ends. On a GPU this would run on a stream of its own,
+                    # Runs on Gloo's thread when the collective ends. On a GPU it would run on a stream of its own,
                     # which holds up the others if there is one hardware queue: there a flight ends with its wait.
                     flying.ended = work.get_future().then(lambda _: flying.end.append(self.clock.mark()))
                 except RuntimeError:
@@ -206,8 +211,8 @@ class RecordingWatch:
     """A `phases.Watch` that records.
 
     Attributes:
-        recording: Where to.
-        kind: Under which kind.
+        recording: Where phases are recorded.
+        kind: Kind under which they are recorded.
     """
 
     recording: Recording

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -17,9 +17,9 @@ class Spread:
     """A quantity over the ranks.
 
     Attributes:
-        mean: Over all ranks.
-        largest: Over all ranks.
-        rank: That has the largest.
+        mean: Mean over all ranks.
+        largest: Largest value.
+        rank: Rank with the largest value.
     """
 
     mean: float
@@ -40,28 +40,25 @@ class Spread:
 
 @dataclass(frozen=True)
 class Wire:
-    """The gathers, or the scatters, of a step.
+    """The collectives of one name in a step, such as all gathers.
 
     Attributes:
-        ms: Time under way, from issue to completion, by rank.
-        sent_bytes: To other ranks.
-        collectives: How many that move anything, on the rank that takes part in most.
-        wire_ms: Sum over a group's collectives of the shortest time under way among the ranks, of the slowest group.
-            The rank that issues a collective last waits for nobody else, so that this leaves out what ranks wait for
-            each other.
-        bytes_per_s: Of these times, what the rank that sends most sends; 0 if nothing was sent. Equals nccl-tests'
-            bus bandwidth where all ranks send alike.
+        ms: Time under way, from issue to end.
+        sent_bytes: Bytes to other ranks.
+        collectives: Number of those that move anything, on the rank that takes part in most.
+        bytes_per_s: Bytes of the rank that sends most, over the shortest time under way among the ranks: the rank that
+            issues a collective last waits for nobody else. 0 if nothing was sent. If all ranks send the same, this is
+            nccl-tests' bus bandwidth.
     """
 
     ms: Spread
     sent_bytes: Spread
     collectives: int
-    wire_ms: float
     bytes_per_s: float
 
     @property
     def message_bytes(self) -> float:
-        """Of a collective, what the rank sends that sends most."""
+        """Bytes of one collective, on the rank that sends most."""
         return self.sent_bytes.largest / max(self.collectives, 1)
 
 
@@ -71,10 +68,10 @@ class Devices:
 
     Attributes:
         power_w: Mean power.
-        sm_clock_mhz: Lowest clock of the multiprocessors, of any rank.
-        nvlink_sent_bytes: Payload that left through NVLink, whoever sent it.
-        pcie_sent_bytes: The same through PCIe.
-        throttled: `rank N: reasons` of each rank that NVML says is slowed down.
+        sm_clock_mhz: Lowest clock of the multiprocessors of any rank.
+        nvlink_sent_bytes: Payload that left through NVLink, from any stream.
+        pcie_sent_bytes: Bytes that left through PCIe, from any stream.
+        throttled: `rank N: reasons` for each rank that NVML reports as slowed down.
     """
 
     power_w: Spread | None
@@ -89,23 +86,23 @@ class StepSummary:
     """A step, or the median of several.
 
     Attributes:
-        step: Number of the update, from 1; of several the last.
-        steps: How many.
-        ranks: How many took part.
-        wall_ms: The whole optimizer step.
-        busy_ms: Phase -> time in it; phases that occur on no rank are missing.
+        step: Number of the update, from 1; of several updates, the last one.
+        steps: Number of updates.
+        ranks: Number of ranks.
+        wall_ms: Time of the whole optimizer step.
+        busy_ms: Time by phase; phases that occur on no rank are missing.
         other_ms: Time in no phase.
-        wires: `gather` and `scatter`, if anything is exchanged.
-        hidden_share: Share of the exchange's time that ranks do not wait for; None if nothing is exchanged.
-        ns_ms: Newton-Schulz alone and in teams.
-        ns_flops: Its FLOPs, by the plans.
-        ns_flops_per_s: Of a rank while it works on matrices that it has alone; 0 if none does.
-        team_flops_per_s: Of a rank while it works on bands, talking included; 0 if none does.
-        sent_bytes: Counted, in gathers and scatters.
-        team_bytes: Counted, in teams.
-        unplanned_bytes: Difference to the plans' bytes, summed over the ranks without signs; anything but 0 is a bug.
-        param_gather_bytes_per_s: Sent in the parameter gather over its time; 0 if it is not part of the step.
-        devices: What NVML counted; None without a driver on any rank.
+        wires: Collectives of the exchange, by name.
+        hidden_share: Share of the exchange's time in which ranks do not wait; None if nothing is exchanged.
+        ns_ms: Newton-Schulz, alone and in teams.
+        ns_flops: FLOPs of Newton-Schulz, according to the plans.
+        ns_flops_per_s: Rate of a rank while it works on matrices that it has alone; 0 if there are none.
+        team_flops_per_s: Rate of a rank while it works on bands, messages included; 0 if there are none.
+        sent_bytes: Bytes of the exchange, as counted.
+        team_bytes: Bytes within teams, as counted.
+        unplanned_bytes: Absolute difference to the plans' bytes, summed over the ranks; anything but 0 is a bug.
+        param_gather_bytes_per_s: Bytes of the parameter gather over its time; 0 if it is not part of the step.
+        devices: What NVML counted; None without a driver.
     """
 
     step: int
@@ -163,7 +160,9 @@ def summarize_step(records: Sequence[RankStep]) -> StepSummary:
         hidden_share=1.0 - exposed / in_flight if in_flight > 0 else None,
         ns_ms=over([r.ns_ms for r in records]),
         ns_flops=over([float(r.flops + r.team_flops) for r in records]),
-        ns_flops_per_s=_rate(sum(p.flops for r in records for p in r.products), _product_ms(records)),
+        ns_flops_per_s=_rate(
+            sum(r.flops for r in records), sum(r.busy_ms.get("newton_schulz", 0.0) for r in records if r.flops)
+        ),
         team_flops_per_s=_rate(
             sum(r.team_flops for r in records), sum(r.busy_ms.get("teams", 0.0) for r in records if r.team_flops)
         ),
@@ -197,16 +196,12 @@ def _devices(by_rank: Mapping[int, Mapping[str, Any]]) -> Devices | None:
     )
 
 
-def _product_ms(records: Sequence[RankStep]) -> float:
-    return sum(product.ms for record in records for product in record.products)
-
-
 def _rate(amount: float, ms: float) -> float:
     return 1e3 * amount / ms if ms > 0 else 0.0
 
 
 def _wire(records: Sequence[RankStep], name: str) -> Wire | None:
-    """The gathers or scatters of a step; None if there is none."""
+    """The collectives of this name; None if there is none."""
     by_key: dict[str, list[tuple[float, int]]] = defaultdict(list)
     for record in records:
         for transfer in record.transfers:
@@ -217,9 +212,6 @@ def _wire(records: Sequence[RankStep], name: str) -> Wire | None:
     # A collective that moves nothing, such as one of a group that owns what it stores, tells nothing of links.
     moved = {key: (min(ms for ms, _ in t), max(sent for _, sent in t)) for key, t in by_key.items()}
     moving = [entry for entry in moved.values() if entry[1] > 0]
-    by_group: dict[str, float] = defaultdict(float)
-    for key, (ms, _) in moved.items():
-        by_group[" ".join(key.split()[:2])] += ms
 
     def over(pick: str) -> Spread:
         return Spread.over(
@@ -230,7 +222,6 @@ def _wire(records: Sequence[RankStep], name: str) -> Wire | None:
         ms=over("ms"),
         sent_bytes=over("sent_bytes"),
         collectives=max(sum(t.name == name and moved[t.key][1] > 0 for t in r.transfers) for r in records),
-        wire_ms=max(by_group.values()),
         bytes_per_s=_rate(sum(sent for _, sent in moving), sum(ms for ms, _ in moving)),
     )
 
@@ -264,8 +255,10 @@ def _median(values: Sequence[Any]) -> Any:
         kind: Any = type(first)
         return kind(**{f.name: _median([getattr(value, f.name) for value in present]) for f in fields(first)})
     if isinstance(first, Mapping):
-        names = dict.fromkeys(name for value in present for name in value)
-        return {name: _median([value[name] for value in present if name in value]) for name in names}
+        # A phase of few steps, such as the metrics of those that are logged, is not part of the median step.
+        seen = Counter(name for value in present for name in value)
+        common = [name for name, steps in seen.items() if 2 * steps > len(present)]
+        return {name: _median([value[name] for value in present if name in value]) for name in common}
     if isinstance(first, tuple):
         return tuple(dict.fromkeys(entry for value in present for entry in value))
     return statistics.mode(present) if isinstance(first, int) else statistics.median(present)

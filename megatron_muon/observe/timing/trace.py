@@ -1,6 +1,7 @@
-"""A rank's trace in Chrome's trace event format, and what reads it back.
+"""A rank's trace in Chrome's trace event format, and its reader.
 
-Every step leaves the file complete, so that a rank that dies loses no step that it has profiled. Writing never raises:
+The file is the format's JSON array, one event a line, without the closing bracket, which the format lets a writer
+leave out: what a rank has written when it dies can be opened in https://ui.perfetto.dev as it is. Writing never raises:
 a file that cannot be written is given up, with one line that says why.
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,13 @@ PATTERN = "trace.rank*.json"
 # A viewer cannot show much more, and a run may have a million steps.
 MAX_STEPS = 500
 
-_HEAD = '{"displayTimeUnit":"ms","otherData":'
-_BODY = ',"traceEvents":['
-_TAIL = b"\n]}\n"
+_RUN = "run"
 _STEP, _BUSY, _EXCHANGE = 0, 1, 2
 _THREADS = {_STEP: "step", _BUSY: "phases", _EXCHANGE: "exchange, in flight"}
 
 
 def file_name(rank: int) -> str:
-    """Of a rank's trace."""
+    """Name of a rank's trace."""
     return f"trace.rank{rank:05d}.json"
 
 
@@ -38,79 +37,60 @@ class TraceFile:
     """A rank's trace.
 
     Attributes:
-        path: Of the file; replaced if it exists.
+        path: Path of the file; an existing one is replaced.
         rank: Global rank.
-        info: Goes into the file's `otherData`; JSON's types.
-        problem: Why nothing is written any more; empty while all is well.
+        info: Facts about the run and the rank, as JSON's types.
+        problem: Reason why nothing is written any more; empty while all is well.
     """
 
     path: Path
     rank: int
     info: Mapping[str, Any]
     problem: str = ""
-    _end: int = field(default=0, init=False)
     _steps: int = field(default=0, init=False)
 
     def create(self) -> None:
         """Makes the directory and a file without steps."""
-        names = [_event("M", "process_name", self.rank, 0, args={"name": f"rank {self.rank}"})]
-        names += [
-            _event("M", "thread_name", self.rank, thread, args={"name": name}) for thread, name in _THREADS.items()
-        ]
-        head = f"{_HEAD}{json.dumps(dict(self.info))}{_BODY}\n"
-        content = head.encode() + _joined(names)
+        names = [_event("M", "thread_name", self.rank, t, args={"name": name}) for t, name in _THREADS.items()]
+        process = _event("M", "process_name", self.rank, 0, args={"name": f"rank {self.rank}"})
+        run = _event("M", _RUN, self.rank, 0, args=dict(self.info))
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("wb", buffering=0) as file:
-                _write(file.fileno(), content + _TAIL)
+            self.path.write_bytes(b"[\n" + _lines([run, process, *names]))
         except OSError as error:
             self._give_up(error)
-            return
-        self._end = len(content)
 
     def append(self, recorded: Recorded, record: RankStep, sync_ns: int) -> None:
-        """Adds a step.
+        """Adds a step, completely or not at all.
 
         Args:
-            recorded: Its spans.
-            record: Its numbers.
-            sync_ns: When the ranks last met, on this rank's clock; aligns ranks of different hosts.
+            recorded: Spans of the step.
+            record: Numbers of the step.
+            sync_ns: Time at which the ranks last met, on this rank's clock; it aligns ranks of different hosts.
         """
         if self.problem or self._steps >= MAX_STEPS:
             return
         self._steps += 1
-        added = b",\n" + _joined(events(recorded, record, sync_ns))
+        content = memoryview(_lines(events(recorded, record, sync_ns)))
         try:
-            with self.path.open("r+b", buffering=0) as file:
+            with self.path.open("ab", buffering=0) as file:
+                size = file.tell()
                 try:
-                    os.lseek(file.fileno(), self._end, os.SEEK_SET)
-                    _write(file.fileno(), added + _TAIL)
+                    # A full disk takes a part before it refuses.
+                    while content:
+                        content = content[file.write(content) :]
                 except OSError:
-                    # Back to the steps before. What is written here was there already, so that it fits.
-                    with contextlib.suppress(OSError):
-                        os.ftruncate(file.fileno(), self._end)
-                        os.lseek(file.fileno(), self._end, os.SEEK_SET)
-                        _write(file.fileno(), _TAIL)
+                    os.ftruncate(file.fileno(), size)
                     raise
         except OSError as error:
             self._give_up(error)
-            return
-        self._end += len(added)
 
     def _give_up(self, error: OSError) -> None:
         self.problem = f"rank {self.rank} cannot write its profile to {self.path}: {error.strerror or error}"
 
 
-def _write(descriptor: int, content: bytes) -> None:
-    """All of it: a full disk takes a part before it refuses."""
-    view = memoryview(content)
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
-def _joined(entries: Sequence[Mapping[str, Any]]) -> bytes:
-    """One event a line, so that what is left of a broken file can be read."""
-    return b",\n".join(json.dumps(entry, separators=(",", ":")).encode() for entry in entries)
+def _lines(entries: Iterable[Mapping[str, Any]]) -> bytes:
+    return b"".join(json.dumps(entry, separators=(",", ":")).encode() + b",\n" for entry in entries)
 
 
 def _event(ph: str, name: str, rank: int, thread: int, **fields: Any) -> dict[str, Any]:
@@ -120,7 +100,7 @@ def _event(ph: str, name: str, rank: int, thread: int, **fields: Any) -> dict[st
 def events(recorded: Recorded, record: RankStep, sync_ns: int) -> list[dict[str, Any]]:
     """The events of a step. Times are in microseconds of the rank's monotonic clock.
 
-    Collectives in flight are asynchronous events, since several overlap; everything else nests.
+    Collectives in flight are asynchronous events, since several overlap.
     """
     rank, step = record.rank, record.step
     whole = {"step": step, "sync_us": sync_ns / 1e3, "record": record.to_json()}
@@ -145,10 +125,10 @@ class Trace:
     """A trace that was read.
 
     Attributes:
-        path: The file.
-        info: Its `otherData`.
-        events: All of its events.
-        broken: Whether the file ends in the middle: its rank died while it wrote, or the disk was full.
+        path: Path of the file.
+        info: `TraceFile.info`.
+        events: All events but the first.
+        broken: Whether the last line is incomplete: the rank died while it wrote.
     """
 
     path: Path
@@ -157,16 +137,14 @@ class Trace:
     broken: bool
 
     def steps(self) -> Iterator[Mapping[str, Any]]:
-        """The events that hold a step's record."""
-        for event in self.events:
-            if event.get("cat") == "step" and isinstance(event.get("args"), dict):
-                yield event
+        """The events that hold the record of a step."""
+        return (event for event in self.events if event.get("cat") == "step" and isinstance(event.get("args"), dict))
 
     def records(self) -> dict[int, RankStep]:
         """Step -> its numbers.
 
         Raises:
-            ValueError: If one is no record.
+            ValueError: If an event holds something else.
         """
         try:
             found = [RankStep.from_json(event["args"].get("record") or {}) for event in self.steps()]
@@ -176,28 +154,21 @@ class Trace:
 
 
 def read_trace(path: Path) -> Trace:
-    """Reads a trace; of one that ends in the middle, all whole events.
+    """Reads a trace, without a last line that is incomplete.
 
     Raises:
-        ValueError: If the file is no trace.
+        ValueError: If the file is not a trace of --muon-profile.
         OSError: If it cannot be read.
     """
-    text = path.read_text(encoding="utf-8", errors="replace")
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        content = json.loads(text)
-        info = dict(content["otherData"])
-        int(info["rank"])
-        return Trace(path, info, [entry for entry in content["traceEvents"] if isinstance(entry, dict)], False)
-    head, *lines = text.split("\n")
-    try:
-        info = dict(json.loads(head + "]}")["otherData"])
-        int(info["rank"])
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path}: got no trace of --muon-profile; remove it from the directory") from None
+    head, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     found = []
     for line in lines:
         with contextlib.suppress(ValueError):
-            entry = json.loads(line.rstrip(","))
+            entry = json.loads(line.removesuffix(","))
             if isinstance(entry, dict) and "ph" in entry:
                 found.append(entry)
-    return Trace(path, info, found, True)
+    run = found[0] if head == "[" and found else {}
+    info = run.get("args")
+    if run.get("name") != _RUN or not isinstance(info, dict) or not isinstance(info.get("rank"), int):
+        raise ValueError(f"{path}: got no trace of --muon-profile; remove it from the directory")
+    return Trace(path, info, found[1:], lines[-1] != "")
