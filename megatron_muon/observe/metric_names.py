@@ -47,7 +47,7 @@ def orthogonality_range(coefficient_set: str, steps: int) -> tuple[float, float]
         coefficient_set: Name of the set, or an alias.
         steps: Number of iterations.
     """
-    from megatron_muon.newton_schulz import AOL_SIGMA_MAX, coefficients, evaluate, scaling_for
+    from megatron_muon.newton_schulz.coefficients import AOL_SIGMA_MAX, coefficients, evaluate, scaling_for
 
     schedule = coefficients(coefficient_set, steps)
     largest = AOL_SIGMA_MAX if scaling_for(coefficient_set) == "aol" else 1.0

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_muon.megatron.log.metrics_log import LINE_WIDTH, log_line
-from megatron_muon.newton_schulz import AOL_SIGMA_MAX, coefficients, evaluate
+from megatron_muon.newton_schulz.coefficients import AOL_SIGMA_MAX, coefficients, evaluate
 from megatron_muon.observe.metric_names import FILE_NAME, METRICS, by_layer_kind, layer_kind, orthogonality_range
 from megatron_muon.observe.step_metrics import spectrum, summarize_ranks
 from megatron_muon.profile.run_files import read_metrics

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -254,3 +255,25 @@ def test_page_in_a_browser(runs: Path, tmp_path: Path) -> None:
         assert body.count("<svg") == drawn > 8
         assert "<title>a and b</title>" in body and "Newton-Schulz" in body
         assert max(int(float(w)) for w in re.findall(r'<svg[^>]* width="([\d.]+)"', body)) <= width
+
+
+def test_help_is_quick() -> None:
+    """Neither torch nor numpy is imported for it, which would take seconds."""
+    code = (
+        "import sys\nfrom megatron_muon.profile.command import main\n"
+        "for words in (['--help'], ['links', '--help'], ['report', '--help'], ['inspector', '--help']):\n"
+        "    try:\n        main(words)\n    except SystemExit as done:\n        assert done.code == 0\n"
+        "print([m for m in ('torch', 'numpy', 'megatron', 'rich', 'vl_convert') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("width", ["80", "100", "160"])
+def test_what_is_printed_fits(
+    runs: Path, width: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.setenv("COLUMNS", width)
+    assert main(["report", str(runs / "a"), "--out", str(tmp_path / "page.html")]) == 0
+    first, last = capsys.readouterr().out.splitlines()
+    assert len(first) <= 80 and last.startswith(f"wrote {tmp_path / 'page.html'} (")
