@@ -31,7 +31,7 @@ SCREENS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     ),
     "inspect": (
         "Contents of a checkpoint",
-        "See [Checkpoints](checkpoints.md). Rows in the middle are left out here.",
+        "See [Checkpoints](checkpoints.md). Lines in the middle are left out here.",
         (PYTHON, "-m", "megatron_muon", "inspect", "RUN/checkpoint"),
     ),
     "report": (
@@ -51,7 +51,7 @@ SCREENS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         (PYTHON, "-m", "megatron_muon.profile", "inspector", "tests/samples/inspector"),
     ),
 }  # fmt: skip
-_MOST_LINES = 60
+_MOST_LINES = 40
 
 
 def train(run: Path) -> None:
@@ -108,10 +108,10 @@ def pictures(run: Path) -> None:
 
     page, narrow = run / "report.html", run / "narrow.html"
     # A window has a least width; a frame has not.
-    narrow.write_text(f'<body style="margin:0"><iframe src="{page.name}" width=390 height=1300 style="border:0">')
+    narrow.write_text(f'<body style="margin:0"><iframe src="{page.name}" width=390 height=2900 style="border:0">')
     for name, source, size, mode in (
         ("report_wide", page, (1100, 1750), "light"),
-        ("report_narrow", narrow, (500, 1300), "dark"),
+        ("report_narrow", narrow, (500, 2900), "dark"),
     ):
         target = DOCS / f"{name}.png"
         arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=8000"]
@@ -123,8 +123,8 @@ def pictures(run: Path) -> None:
             capture_output=True,
             timeout=120,
         )
-        image = Image.open(target).convert("RGB").crop((0, 0, 390 if source == narrow else size[0], size[1]))
-        image.quantize(48).save(target, optimize=True)
+        image = Image.open(target).convert("RGB").crop((0, 1550, 390, 2850) if source == narrow else (0, 0, *size))
+        image.quantize(128).save(target, optimize=True)
 
 
 def main() -> None:

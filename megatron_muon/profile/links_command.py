@@ -212,10 +212,10 @@ def show(found: Found, request: Request, to: Console) -> None:
     layout = ", ".join(f"{name} {size}" for name, size in request.layout.sizes.items())
     to.print(f"Links of {found.links.source}; {layout}")
     for name in dict.fromkeys(timing.groups for timing in found.timings):
-        to.print(_groups_table([t for t in found.timings if t.groups == name], name))
+        _print_groups(to, [t for t in found.timings if t.groups == name], name)
     notes = []
     if found.pairs is not None:
-        to.print(_pairs_table(found.pairs))
+        _print_pairs(to, found.pairs)
         for within, value in sorted(found.pairs.medians.items(), reverse=True):
             notes.append(f"median {'within a host' if within else 'between hosts'}: {value:.3g} GB/s each way")
         slow = [f"rank {rank}" for rank in found.pairs.slow_ranks]
@@ -230,7 +230,7 @@ def show(found: Found, request: Request, to: Console) -> None:
     print_list(to, notes)
 
 
-def _groups_table(timings: Sequence[Timing], name: str) -> object:
+def _print_groups(to: Console, timings: Sequence[Timing], name: str) -> None:
     ranks = timings[-1].ranks
     listed = ", ".join(f"[{_ranks(own)}]" for own in ranks[:4]) + (", ..." if len(ranks) > 4 else "")
     at_once = f"{len(ranks)} groups at the same time" if len(ranks) > 1 else "1 group"
@@ -243,7 +243,8 @@ def _groups_table(timings: Sequence[Timing], name: str) -> object:
         rates = (f"{timing.algbw:.3g}", f"{busbw[worst]:.3g}", f"{max(busbw):.3g}")
         rows.append((timing.what, size, f"{timing.slowest_us:.1f}", *rates, slowest))
     numbers = ("size (bytes)", "time (us)", "algbw (GB/s)", "busbw (GB/s)", "best group (GB/s)")
-    return table(("what", *numbers, "slowest group"), rows, title=f"{name}: {at_once}, {listed}", numbers=numbers)
+    to.print(f"\n{name}: {at_once}, {listed}")
+    to.print(table(("what", *numbers, "slowest group"), rows, numbers=numbers))
 
 
 def _ranks(ranks: Sequence[int]) -> str:
@@ -251,8 +252,8 @@ def _ranks(ranks: Sequence[int]) -> str:
     return " ".join(shown if len(shown) <= 8 else [*shown[:3], "...", shown[-1]])
 
 
-def _pairs_table(pairs: Pairs) -> object:
+def _print_pairs(to: Console, pairs: Pairs) -> None:
     numbers = ("GB/s each way", "of the median")
     rows = [(f"{a} - {b}", f"{pairs.link(a, b):.3g}", f"{pairs.ratio(a, b):.2f}") for a, b in pairs.slowest]
-    title = f"Pairs of ranks, both directions at once, {pairs.size_bytes} bytes, slowest first"
-    return table(("ranks", *numbers), rows[:_SHOWN_PAIRS], title=title, numbers=numbers)
+    to.print(f"\nPairs of ranks, both directions at once, {pairs.size_bytes} bytes, slowest first")
+    to.print(table(("ranks", *numbers), rows[:_SHOWN_PAIRS], numbers=numbers))

@@ -47,7 +47,7 @@ def _metrics(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         small = {kind: value for kind, value in updates.items() if value < _SMALL_UPDATE * aim}
         if small:
             reason = "Their gradients have few directions."
-            yield f"Updates below {_SMALL_UPDATE:.0%} of an RMS of {aim:g}: {_listed(small)}. {reason}"
+            yield f"Updates below {_SMALL_UPDATE:.0%} of an RMS of {aim:g}: {_listed(small, largest=False)}. {reason}"
     errors = _means(last, "orthogonality_error")
     if expected.get("orthogonality_error"):
         low, high = expected["orthogonality_error"]
@@ -75,8 +75,8 @@ def _means(record: Mapping[str, Any], metric: str) -> dict[str, float]:
     return {kind: math.fsum(v) / len(v) for kind, v in by_layer_kind(record["matrices"], metric).items()}
 
 
-def _listed(values: Mapping[str, float], most: int = 3) -> str:
-    worst = sorted(values.items(), key=lambda item: -abs(math.log(item[1])) if item[1] > 0 else -math.inf)
+def _listed(values: Mapping[str, float], *, largest: bool = True, most: int = 3) -> str:
+    worst = sorted(values.items(), key=lambda item: item[1], reverse=largest)
     more = f" and {len(worst) - most} more" if len(worst) > most else ""
     return ", ".join(f"{short_name(kind)} ({value:.2g})" for kind, value in worst[:most]) + more
 
