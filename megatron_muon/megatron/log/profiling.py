@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron_muon.config import TORCH_DTYPES, MuonConfig
 from megatron_muon.exchange.phases import LABELS
 from megatron_muon.megatron.log.metrics_log import write_scalars, writers
-from megatron_muon.observe.nvml import Sample, difference, open_current_device
+from megatron_muon.observe.nvml import Sample, between, open_current_device
 from megatron_muon.observe.timing.peaks import RunFacts, arithmetic_ceiling, link_ceiling
 from megatron_muon.observe.timing.ranks import Duty, RankStep, counted_bytes, rank_step
 from megatron_muon.observe.timing.recording import Recording, clock_for
@@ -152,7 +152,7 @@ class Profiler:
         for exchange in self._exchanges:
             exchange.watch = LABELS
         # The device has been waited for, so that what it did is counted.
-        sampled = difference(self._sample, self._gpu.sample()) if self._gpu and self._sample else None
+        sampled = between(self._sample, self._gpu.sample()) if self._gpu and self._sample else None
         before, now = self._counted, counted_bytes(self._exchanges)
         record = rank_step(
             recorded,

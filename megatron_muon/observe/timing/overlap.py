@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-Span = tuple[float, float]
+Interval = tuple[float, float]
 """Begin and end, in seconds."""
 
 
-def hidden_share(in_flight: Iterable[Span], waiting: Iterable[Span]) -> float:
+def hidden_share(in_flight: Iterable[Interval], waiting: Iterable[Interval]) -> float:
     """The share of an exchange's time that its rank spent on other things than waiting for it.
 
     Args:
@@ -29,9 +29,9 @@ def hidden_share(in_flight: Iterable[Span], waiting: Iterable[Span]) -> float:
     return 1.0 - exposed / total
 
 
-def union(spans: Iterable[Span]) -> list[Span]:
+def union(spans: Iterable[Interval]) -> list[Interval]:
     """The same times as spans that do not overlap."""
-    out: list[Span] = []
+    out: list[Interval] = []
     for start, stop in sorted(spans):
         if out and start <= out[-1][1]:
             out[-1] = (out[-1][0], max(out[-1][1], stop))

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_muon.exchange.exchange import Exchange
-from megatron_muon.observe.nvml import Difference
+from megatron_muon.observe.nvml import DeviceState
 from megatron_muon.observe.timing.overlap import hidden_share, union
 from megatron_muon.observe.timing.recording import Recorded, Span
 
@@ -81,7 +81,7 @@ class RankStep:
         flops: Newton-Schulz of matrices that this rank has alone, according to the plans.
         team_flops: Newton-Schulz of bands, according to the plans.
         param_gather_bytes: Bytes sent in the parameter gather; 0 if it is not part of the step.
-        device: What NVML counted in the step, as `nvml.Difference.to_json` gives it; None without a driver.
+        device: State of the GPU; None without a driver.
     """
 
     step: int
@@ -98,7 +98,7 @@ class RankStep:
     flops: int
     team_flops: int
     param_gather_bytes: int = 0
-    device: Mapping[str, Any] | None = None
+    device: DeviceState | None = None
 
     @property
     def other_ms(self) -> float:
@@ -129,10 +129,15 @@ class RankStep:
                     "rank": int(record["rank"]),
                     "busy_ms": {str(name): float(ms) for name, ms in record["busy_ms"].items()},
                     "transfers": tuple(Transfer(**entry) for entry in record["transfers"]),
+                    "device": _device(record.get("device")),
                 }
             )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"got no record of a profiled step: {error}") from None
+
+
+def _device(content: Mapping[str, Any] | None) -> DeviceState | None:
+    return None if content is None else DeviceState(**{**content, "throttled": tuple(content["throttled"])})
 
 
 def counted_bytes(exchanges: Sequence[Exchange]) -> tuple[int, int]:
@@ -148,7 +153,7 @@ def rank_step(
     rank: int,
     counted: tuple[int, int],
     param_gather_bytes: int = 0,
-    device: Difference | None = None,
+    device: DeviceState | None = None,
 ) -> RankStep:
     """Turns what was recorded into numbers.
 
@@ -159,7 +164,7 @@ def rank_step(
         rank: Global rank.
         counted: Bytes sent in the step: (of exchanges, of teams).
         param_gather_bytes: See `RankStep`.
-        device: What NVML counted meanwhile.
+        device: State of the GPU.
     """
     groups = {duty.kind: duty for duty in duties}
     busy_ms: dict[str, float] = {}
@@ -187,7 +192,7 @@ def rank_step(
         flops=sum(duty.flops for duty in duties),
         team_flops=sum(duty.team_flops for duty in duties),
         param_gather_bytes=param_gather_bytes,
-        device=None if device is None else device.to_json(),
+        device=device,
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from megatron_muon.exchange.phases import BUSY, FLIGHTS
+from megatron_muon.observe.nvml import DeviceState
 from megatron_muon.observe.timing.ranks import RankStep
 
 
@@ -64,20 +65,16 @@ class Wire:
 
 @dataclass(frozen=True)
 class Devices:
-    """What NVML counted on the ranks' GPUs during a step; a value is None where no device has the counter.
+    """State of the ranks' GPUs during a step; a value is None where no device has it.
 
     Attributes:
         power_w: Mean power.
         sm_clock_mhz: Lowest clock of the multiprocessors of any rank.
-        nvlink_sent_bytes: Payload that left through NVLink, from any stream.
-        pcie_sent_bytes: Bytes that left through PCIe, from any stream.
         throttled: `rank N: reasons` for each rank that NVML reports as slowed down.
     """
 
     power_w: Spread | None
     sm_clock_mhz: float | None
-    nvlink_sent_bytes: Spread | None
-    pcie_sent_bytes: Spread | None
     throttled: tuple[str, ...]
 
 
@@ -102,7 +99,7 @@ class StepSummary:
         team_bytes: Bytes within teams, as counted.
         unplanned_bytes: Absolute difference to the plans' bytes, summed over the ranks; anything but 0 is a bug.
         param_gather_bytes_per_s: Bytes of the parameter gather over its time; 0 if it is not part of the step.
-        devices: What NVML counted; None without a driver.
+        devices: State of the GPUs; None without a driver.
     """
 
     step: int
@@ -179,20 +176,15 @@ def summarize_step(records: Sequence[RankStep]) -> StepSummary:
     )
 
 
-def _devices(by_rank: Mapping[int, Mapping[str, Any]]) -> Devices | None:
+def _devices(by_rank: Mapping[int, DeviceState]) -> Devices | None:
     if not by_rank:
         return None
-
-    def over(name: str) -> Spread | None:
-        present = {rank: float(device[name]) for rank, device in by_rank.items() if device.get(name) is not None}
-        return Spread.over(present) if present else None
-
+    powers = {rank: device.mean_power_w for rank, device in by_rank.items() if device.mean_power_w is not None}
+    clocks = [float(device.sm_clock_mhz) for device in by_rank.values() if device.sm_clock_mhz is not None]
     return Devices(
-        power_w=over("mean_power_w"),
-        sm_clock_mhz=min((float(d["sm_clock_mhz"]) for d in by_rank.values() if d.get("sm_clock_mhz")), default=None),
-        nvlink_sent_bytes=over("nvlink_data_sent_bytes"),
-        pcie_sent_bytes=over("pcie_sent_bytes"),
-        throttled=tuple(f"rank {rank}: {', '.join(d['throttled'])}" for rank, d in by_rank.items() if d["throttled"]),
+        power_w=Spread.over(powers) if powers else None,
+        sm_clock_mhz=min(clocks, default=None),
+        throttled=tuple(f"rank {rank}: {', '.join(d.throttled)}" for rank, d in by_rank.items() if d.throttled),
     )
 
 
@@ -283,18 +275,9 @@ def scalars(summary: StepSummary) -> dict[str, float]:
     if summary.param_gather_bytes_per_s:
         out["param_gather_gb_per_s"] = summary.param_gather_bytes_per_s / 1e9
     if summary.devices is not None:
-        out |= _device_scalars(summary.devices)
-    return out
-
-
-def _device_scalars(devices: Devices) -> dict[str, float]:
-    out: dict[str, float] = {"throttled_ranks": len(devices.throttled)}
-    if devices.power_w is not None:
-        out["power_w_mean"] = devices.power_w.mean
-    if devices.sm_clock_mhz is not None:
-        out["sm_clock_mhz_min"] = devices.sm_clock_mhz
-    for name in ("nvlink_sent_bytes", "pcie_sent_bytes"):
-        spread: Spread | None = getattr(devices, name)
-        if spread is not None:
-            out[f"{name}_max"] = spread.largest
+        out["throttled_ranks"] = len(summary.devices.throttled)
+        if summary.devices.power_w is not None:
+            out["power_w_mean"] = summary.devices.power_w.mean
+        if summary.devices.sm_clock_mhz is not None:
+            out["sm_clock_mhz_min"] = summary.devices.sm_clock_mhz
     return out

@@ -111,9 +111,6 @@ def _device_notes(devices: Devices | None) -> list[str]:
         notes.append(f"{devices.power_w.mean:.0f} W a GPU")
     if devices.sm_clock_mhz is not None:
         notes.append(f"SM clocks from {devices.sm_clock_mhz:.0f} MHz")
-    for label, sent in (("NVLink", devices.nvlink_sent_bytes), ("PCIe", devices.pcie_sent_bytes)):
-        if sent is not None:
-            notes.append(f"{amount(sent.largest)} out through {label} at most")
     return notes + [f"SLOWED DOWN {entry}" for entry in devices.throttled]
 
 
