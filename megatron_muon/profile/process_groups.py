@@ -129,6 +129,8 @@ def release_groups() -> None:
 def _megatron_groups(layout: Layout) -> dict[GroupKind, dist.ProcessGroup]:
     with quiet_imports():
         from megatron.core import parallel_state
+
+        from megatron_muon.megatron.optimizer.grid import make_grid
     if not parallel_state.model_parallel_is_initialized():
         _initialize(parallel_state, layout)
     # Any: torch's types include the placeholders of no group, which these are not.
@@ -142,24 +144,9 @@ def _megatron_groups(layout: Layout) -> dict[GroupKind, dist.ProcessGroup]:
         "expert_tp": parallel_state.get_expert_tensor_parallel_group(),
         "expert_dp": parallel_state.get_expert_data_parallel_group(partial_expert_data_parallel=True),
     }
-    made["tp_dp"] = _product(made["tp"], made["dp"])
-    made["expert_tp_dp"] = _product(made["expert_tp"], made["expert_dp"])
+    made["tp_dp"] = make_grid(made["tp"], made["dp"]).group
+    made["expert_tp_dp"] = make_grid(made["expert_tp"], made["expert_dp"]).group
     return made
-
-
-def _product(tp: dist.ProcessGroup, dp: dist.ProcessGroup) -> dist.ProcessGroup:
-    """A group over the tensor-parallel groups of a data-parallel group's members. Collective over the world."""
-    own = (dist.get_process_group_ranks(tp), dist.get_process_group_ranks(dp))
-    gathered: list[tuple[list[int], list[int]]] = [([], [])] * dist.get_world_size()
-    dist.all_gather_object(gathered, own)
-    members = [tuple(sorted(r for head in dp_ranks for r in gathered[head][0])) for _, dp_ranks in gathered]
-    mine = members[dist.get_rank()]
-    for existing, index in ((tp, 0), (dp, 1)):
-        # All or none: whether groups are made follows from what all ranks know.
-        if all(tuple(sorted(gathered[rank][index])) == members[rank] for rank in range(len(gathered))):
-            return existing
-    made: dict[tuple[int, ...], Any] = {ranks: dist.new_group(list(ranks)) for ranks in sorted(set(members))}
-    return made[mine]  # type: ignore[no-any-return]
 
 
 def _initialize(parallel_state: Any, layout: Layout) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +34,7 @@ from megatron_muon.megatron.optimizer.distributed import (
     MuonDistributedOptimizer,
     plan_options,
 )
+from megatron_muon.megatron.optimizer.grid import make_grid
 from megatron_muon.optimizer.sharded_muon import ShardedMuon
 from megatron_muon.plan.build import OwnershipPlan, fewest_idle, largest_matrix_flops
 
@@ -228,39 +228,11 @@ class _Builder:
         return getattr(self.parallel, "expt_tp", group) if expert else group
 
     def _grid(self, expert: bool) -> Grid:
-        """The ranks of the tensor-parallel groups of the data-parallel group's members, and a group over them.
-
-        Collective over the world at its first call for each kind.
-        """
+        """The grid of a kind. Collective over the world at its first call for each kind."""
         if expert in self._grids:
             return self._grids[expert]
         dp_group = self.groups["intra_expt_dp_group" if expert else "intra_dp_cp_group"]
-        own_groups = (self._tp_group(expert), dp_group)
-        gathered: list[Any] = [None] * dist.get_world_size()
-        own_layout = tuple(tuple(dist.get_process_group_ranks(g)) for g in own_groups)
-        dist.all_gather_object(gathered, (own_layout, platform.node()))
-        layouts, hosts = [layout for layout, _ in gathered], [host for _, host in gathered]
-
-        def members(dp_ranks: tuple[int, ...]) -> dict[int, tuple[int, int]]:
-            return {
-                rank: (dp_rank, tp_rank)
-                for dp_rank, head in enumerate(dp_ranks)
-                for tp_rank, rank in enumerate(layouts[head][0])
-            }
-
-        own = members(layouts[dist.get_rank()][1])
-        made = {
-            ranks: _group_over(ranks, layouts, own_groups)
-            for ranks in sorted({tuple(sorted(members(dp_ranks))) for _, dp_ranks in layouts})
-        }
-        group = made[tuple(sorted(own))]
-        ranks = dist.get_process_group_ranks(group)
-        self._grids[expert] = Grid(
-            group,
-            dp_ranks=tuple(own[rank][0] for rank in ranks),
-            tp_ranks=tuple(own[rank][1] for rank in ranks),
-            node_of=tuple(hosts.index(hosts[rank]) for rank in ranks),
-        )
+        self._grids[expert] = make_grid(self._tp_group(expert), dp_group)
         return self._grids[expert]
 
     def _largest_flops(self, expert: bool, specs: dict[nn.Parameter, MatrixSpec]) -> int:
@@ -341,19 +313,3 @@ def _present_anywhere(selections: list[list[NamedParameter]]) -> set[tuple[bool,
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, flags)
     return {kind for index, kind in enumerate(_KINDS) if any(row[index] for row in gathered)}
-
-
-def _group_over(
-    ranks: tuple[int, ...], layouts: list[tuple[tuple[int, ...], tuple[int, ...]]], mine: Sequence[dist.ProcessGroup]
-) -> dist.ProcessGroup:
-    """A process group over `ranks`: an existing one of exactly these ranks if its members have it, else a new one.
-
-    A communicator costs memory, so that it is worth looking. Collective over the world if a group is made; whether one
-    is made follows from `layouts`, which is the same everywhere.
-    """
-    for index, group in enumerate(mine):
-        if all(tuple(sorted(layouts[rank][index])) == ranks for rank in ranks):
-            return group
-    # Any: torch's type includes the placeholder that non-members get; they never use it.
-    made: Any = dist.new_group(list(ranks))
-    return made  # type: ignore[no-any-return]
