@@ -167,7 +167,8 @@ border:1px solid var(--line);position:fixed;z-index:9;padding:.4rem .6rem;border
 #vg-tooltip-element td.key{color:var(--soft)}#vg-tooltip-element td{border:0;padding:0 .4rem}
 @media (max-width:40rem){header,main{padding:0 .9rem}.summary{padding:.25rem .9rem .75rem}h1{font-size:1.3rem}}
 @media print{:root{--ink:#000;--soft:#444;--line:#ccc;--paper:#fff;--card:#fff;--accent:#000}
-body{font-size:10pt}nav{display:none}section{break-inside:avoid}a{text-decoration:none}}
+body{font-size:10pt}nav,details:not([open]){display:none}section{break-inside:avoid}a{text-decoration:none}
+.wide{overflow:visible}table{font-size:7.5pt}th,td{padding:.1rem .35rem;white-space:normal}}
 """
 
 _SCRIPT = """
