@@ -155,8 +155,8 @@ th,td{padding:.2rem .75rem;text-align:left;border-bottom:1px solid var(--line);w
 th{color:var(--soft);font-weight:600}th.n,td.n{text-align:right}
 td i{display:inline-block;width:.75em;height:.75em;margin-right:.5em;border-radius:2px}
 details{margin:.5rem 0}summary{cursor:pointer;color:var(--accent)}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(20rem,100%),1fr));gap:.5rem 1rem}
-.grid h3{font-size:.8rem;overflow-wrap:anywhere}
+.grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(20rem,100%),1fr));gap:.5rem 1rem}
+section .grid h3{font-size:.8rem;overflow-wrap:anywhere}
 .chart{width:100%;min-height:6rem}.chart svg{max-width:100%;height:auto}
 .chart svg .background{fill:none}
 .chart .role-axis-label text,.chart .role-axis-title text{fill:var(--soft)}

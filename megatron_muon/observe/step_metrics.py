@@ -53,7 +53,7 @@ class Recorder:
         return stats.bytes_sent + stats.team_bytes_sent
 
     def name(self, index: int, part: int) -> str:
-        """Of a part of a parameter, such as `...linear_qkv.weight.q`."""
+        """The name of a part of a parameter, such as `...linear_qkv.weight.q`."""
         spec = self.exchange.plan.matrices[index].spec
         label = spec.parts[part].label
         return ".".join(filter(None, (self.names.get(index, spec.name), label)))
@@ -68,9 +68,9 @@ class Recorder:
         """Adds a slice's squares to the sums of the parameter's parts, and with `update_sq` counts its elements.
 
         Args:
-            quantity: What the values are, with `_sq`.
-            index: The parameter's.
-            elements: Of the slice.
+            quantity: Name of the values, with `_sq`.
+            index: Index of the parameter.
+            elements: Elements of the slice.
             values: One for each element, of any floating dtype; not mutated.
         """
         parts = len(elements.spec.parts)
@@ -96,9 +96,9 @@ class Recorder:
         """Adds |O O^T - I|_F^2 / min(rows, cols) of each logical matrix that an owner has made.
 
         Args:
-            index: The parameter's.
-            part: The part's.
-            views: The updates of whole logical matrices, already scaled; not mutated.
+            index: Index of the parameter.
+            part: Index of the part.
+            views: Updates of whole logical matrices, already scaled; not mutated.
         """
         name = self.name(index, part)
         with self.exchange.watch.phase("metrics"):
@@ -125,13 +125,13 @@ class Recorder:
             self._spans.append((started, time.perf_counter()))
 
     def weights(self, slices: Mapping[int, Tensor], turn: int) -> None:
-        """Samples this rank's weights: gathers one round's to their owners, each of which decomposes one matrix.
+        """Samples weights: one round's are gathered to their owners, and each owner decomposes one matrix.
 
-        Collective: one all-to-all over the exchange's ranks, whatever they own.
+        Collective: one all-to-all over the exchange's ranks, also of ranks that own nothing.
 
         Args:
             slices: Parameter index -> this rank's slice of the weight.
-            turn: Counts the steps that are logged; rounds and matrices take turns by it.
+            turn: Number of the logged step; rounds and matrices are sampled in turn.
         """
         plan = self.exchange.plan
         if not plan.rounds:

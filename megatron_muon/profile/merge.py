@@ -75,7 +75,7 @@ def merge(directory: Path) -> Merged:
     """Reads the traces of a run.
 
     Args:
-        directory: Of `--muon-profile-dir`.
+        directory: Directory of `--muon-profile-dir`.
 
     Raises:
         ValueError: If there is no trace, a file is something else, or no step has been profiled.

@@ -100,7 +100,7 @@ def make_groups(layout: Layout, kinds: Sequence[GroupKind]) -> list[Groups]:
     Groups of a run that exist already are used.
 
     Args:
-        layout: Of as many ranks as the world has.
+        layout: Layout with as many ranks as the world has.
         kinds: As `choose_kinds` returns them.
 
     Raises:

@@ -23,7 +23,7 @@ SLOW_LINK = 0.5
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that takes time.
+    """A part of the step that takes time, why, and what would help.
 
     Attributes:
         part: Part of the step, a key of `PARTS`.
@@ -60,11 +60,11 @@ PARTS: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
 
 
 def find(summary: StepSummary, facts: RunFacts) -> list[Finding]:
-    """The bottleneck, then what else takes at least a tenth of the step, by share.
+    """The bottleneck, then other parts that take at least a tenth of the step, largest first.
 
     Args:
-        summary: The median of a run's profiled steps.
-        facts: Of the run.
+        summary: Median of a run's profiled steps.
+        facts: Facts about the run.
 
     Returns:
         At least one.

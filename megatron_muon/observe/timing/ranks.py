@@ -158,8 +158,8 @@ def rank_step(
     """Turns what was recorded into numbers.
 
     Args:
-        recorded: The step.
-        duties: Of this rank's optimizers.
+        recorded: Recording of the step.
+        duties: Duties of this rank's optimizers.
         step: Number of the update.
         rank: Global rank.
         counted: Bytes sent in the step: (of exchanges, of teams).

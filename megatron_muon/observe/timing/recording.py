@@ -1,7 +1,7 @@
 """Records when the phases of one step begin and end on this rank.
 
-On a CPU a phase begins when the monotonic clock says so; on a GPU, events in the stream of the phase's operations say
-it, and are read once the step is over. Neither waits for anything while the step runs.
+On a CPU, times are those of the monotonic clock. On a GPU they are events in the stream that runs the phase, which are
+read after the step. Neither waits for anything during the step.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Recording:
     """One step that is being recorded; it begins when this is made.
 
     Attributes:
-        clock: Of the device that runs the step.
+        clock: Clock of the device that runs the step.
     """
 
     clock: Clock
@@ -178,7 +178,7 @@ class Recording:
         return work
 
     def finish(self) -> Recorded:
-        """Ends the recording. Waits for the device; on the host, for nothing that the step has not waited for."""
+        """Ends the recording. Waits for the device, and on the host only for what the step has waited for already."""
         end = self.clock.mark()
         for flying in self._flights:
             if flying.ended is not None:

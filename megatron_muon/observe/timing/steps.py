@@ -131,10 +131,10 @@ def summarize_step(records: Sequence[RankStep]) -> StepSummary:
     """Puts the ranks' numbers of one step together.
 
     Args:
-        records: At least one, of one step.
+        records: One for each rank, at least one, all of the same step.
 
     Raises:
-        ValueError: If there is none, or they are of several steps.
+        ValueError: If there is no record, or they belong to several steps.
     """
     steps = {record.step for record in records}
     if len(steps) != 1:
