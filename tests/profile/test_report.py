@@ -277,3 +277,19 @@ def test_what_is_printed_fits(
     assert main(["report", str(runs / "a"), "--out", str(tmp_path / "page.html")]) == 0
     first, last = capsys.readouterr().out.splitlines()
     assert len(first) <= 80 and last.startswith(f"wrote {tmp_path / 'page.html'} (")
+
+
+def test_every_chart_compiles_and_shows_values(runs: Path, tmp_path: Path) -> None:
+    """Vega-Lite accepts the specifications, and each has a tooltip."""
+    import vl_convert
+
+    assert main(["report", str(runs / "a"), "--out", str(tmp_path / "page.html")]) == 0
+    specs = specs_of((tmp_path / "page.html").read_text(encoding="utf-8"))
+    for spec in specs:
+        compiled = json.dumps(vl_convert.vegalite_to_vega(spec))
+        assert '"tooltip"' in compiled, spec["description"]
+    # Hovering a line chart shows the values of all lines at the nearest step.
+    tooltip = chart((tmp_path / "page.html").read_text(encoding="utf-8"), "Update RMS")["layer"][-1]["encoding"][
+        "tooltip"
+    ]
+    assert [entry["title"] for entry in tooltip] == ["step", *labels_of(specs[1])]
