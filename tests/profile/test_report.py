@@ -220,7 +220,7 @@ def test_labels() -> None:
     assert short_name("weight") == "weight"
 
 
-@pytest.mark.parametrize("values", [[0.1] * 9, [0.3, 0.1, 0.2], [1e-4, 1.0, 1e-4, 0.5]])
+@pytest.mark.parametrize("values", [[0.1] * 9, [0.0, *[0.3] * 9], [0.3, 0.1, 0.2], [1e-4, 1.0, 1e-4, 0.5]])
 def test_labels_do_not_overlap(values: list[float]) -> None:
     scale = charts._Scale.over(values, 220)
     places = [scale._forward(value) for value in scale.spread(values)]
