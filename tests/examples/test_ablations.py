@@ -142,6 +142,6 @@ def test_plot_and_document(tmp_path: Path) -> None:
     ablations.plot(results(), tmp_path / "ablations.png")
     assert (tmp_path / "ablations.png").read_bytes().startswith(b"\x89PNG")
     text = ablations.document(results(), 80)
-    assert "80 steps, 327,680 bytes, 2 seed(s)" in text and text.count("\n| 0.") == 8
+    assert "80 steps, 327,680 bytes, 2 seed(s)" in " ".join(text.split()) and text.count("\n| 0.") == 8
     assert text.count("\n- ") == 4
     assert max(map(len, text.splitlines())) <= 120
