@@ -1,19 +1,26 @@
-"""Where Megatron-Core's buffers put parameters, by its own layout functions. The only place here that imports it."""
+"""Where Megatron-Core's buffers put parameters. Its layout rules in a few lines, so that a plan needs no Megatron.
+
+A test compares the results with those of the installed Megatron-Core's own functions.
+Source: `_compute_per_buffer_param_layout` of DistributedOptimizer and of LayerWiseDistributedOptimizer, and
+megatron/core/optimizer/param_layout.py, megatron-core 0.19.
+"""
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import heapq
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 from megatron_muon.estimate.stages import GroupShape
 from megatron_muon.matrices.spec import MatrixSpec
 from megatron_muon.plan.build import ShardedMatrix, Slice
 from megatron_muon.plan.shards import shard_ranges
+
+_START_ALIGNMENT = 64
+_BUCKET_ALIGNMENT = 128
+_LEAST_FILL = 0.9
+"""The layer-wise layout extends a bucket until it fills so much of what its largest parameter makes it pad."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,7 @@ class Buffer:
 
     Attributes:
         numel: Elements of the buffer on a rank, with padding.
-        padding_numel: Those that belong to no parameter.
+        padding_numel: Elements that belong to no parameter.
         shards: For each parameter, the data-parallel ranks that store a part of it: (rank, start, stop), where start
             and stop are positions in the parameter's local tensor, flattened.
     """
@@ -32,53 +39,8 @@ class Buffer:
     shards: tuple[tuple[tuple[int, int, int], ...], ...]
 
 
-class _Parameter:
-    """What Megatron's layout functions read of a parameter: how many elements it has."""
-
-    def __init__(self, numel: int) -> None:
-        self._numel = numel
-
-    @property
-    def data(self) -> _Parameter:
-        return self
-
-    def nelement(self) -> int:
-        return self._numel
-
-
-@contextmanager
-def quiet_imports() -> Iterator[None]:
-    """Silences what Megatron and torch say about the lack of CUDA, Transformer Engine, apex and a rank."""
-    logger = logging.getLogger("torch.utils.cpp_extension")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-@cache
-def _megatron() -> tuple[Any, Any, Any]:
-    """(DistributedOptimizer, LayerWiseDistributedOptimizer, a DDP config).
-
-    Raises:
-        RuntimeError: If this Megatron-Core has no layout functions.
-    """
-    with quiet_imports():
-        import megatron.core
-        from megatron.core.distributed import DistributedDataParallelConfig
-        from megatron.core.optimizer import distrib_optimizer, layer_wise_optimizer
-    optimizers = (distrib_optimizer.DistributedOptimizer, layer_wise_optimizer.LayerWiseDistributedOptimizer)
-    for optimizer in optimizers:
-        if not hasattr(optimizer, "_compute_per_buffer_param_layout"):
-            raise RuntimeError(
-                f"megatron-core {megatron.core.__version__}: {optimizer.__name__} has no "
-                "_compute_per_buffer_param_layout; plans are made with megatron-core 0.19"
-            )
-    return (*optimizers, DistributedDataParallelConfig(use_distributed_optimizer=True))
+_Bucket = tuple[dict[int, int], int]
+"""First element of each parameter in its bucket, and the bucket's elements."""
 
 
 def default_bucket_size(dp: int) -> int:
@@ -100,7 +62,22 @@ def distributed_buffer(numels: Sequence[int], dp: int, bucket_size: int | None) 
         dp: Ranks that a buffer is sharded over.
         bucket_size: Elements after which a bucket is closed; None for a single bucket.
     """
-    return _buffer(_megatron()[0], numels, dp, bucket_size)
+
+    def bucket(members: list[int]) -> _Bucket:
+        begins, at = {}, 0
+        for index in members:
+            begins[index] = _padded(at, _START_ALIGNMENT)
+            at = begins[index] + numels[index]
+        return begins, _padded(at, math.lcm(dp, _BUCKET_ALIGNMENT))
+
+    def is_full(members: list[int]) -> bool:
+        # Alignment adds less than 64 elements a parameter; only near the limit it has to be known.
+        most = sum(numels[index] for index in members) + _START_ALIGNMENT * len(members)
+        if bucket_size is None or most < bucket_size:
+            return False
+        return bucket(members)[0][members[-1]] + numels[members[-1]] >= bucket_size
+
+    return _buffer(numels, dp, is_full, bucket)
 
 
 def layer_wise_buffer(numels: Sequence[int], dp: int, bucket_size: int | None) -> Buffer:
@@ -114,25 +91,51 @@ def layer_wise_buffer(numels: Sequence[int], dp: int, bucket_size: int | None) -
     if dp == 1:
         # Megatron drops the layer-wise layout where there is nothing to distribute.
         return distributed_buffer(numels, dp, bucket_size)
-    return _buffer(_megatron()[1], numels, dp, bucket_size)
+
+    def bucket(members: list[int]) -> _Bucket:
+        """Largest parameters first, each to the shard that is filled least."""
+        shards = [(0, shard) for shard in range(dp)]
+        placed = {}
+        for index in sorted(members, key=lambda index: -numels[index]):
+            filled, shard = shards[0]
+            start = _padded(filled, _START_ALIGNMENT)
+            placed[index] = shard, start
+            heapq.heapreplace(shards, (start + numels[index], shard))
+        divisor = math.lcm(_START_ALIGNMENT, math.lcm(dp, _BUCKET_ALIGNMENT) // dp)
+        size = _padded(max(shards)[0], divisor)
+        return {index: shard * size + start for index, (shard, start) in placed.items()}, dp * size
+
+    def is_full(members: list[int]) -> bool:
+        sizes = [numels[index] for index in members]
+        return bucket_size is not None and sum(sizes) >= max(bucket_size, int(dp * max(sizes) * _LEAST_FILL))
+
+    return _buffer(numels, dp, is_full, bucket)
 
 
-def _buffer(optimizer: Any, numels: Sequence[int], dp: int, bucket_size: int | None) -> Buffer:
-    parameters = [_Parameter(numel) for numel in numels]
-    with quiet_imports():
-        layout = optimizer._compute_per_buffer_param_layout(parameters, bucket_size, dp, _megatron()[2])
-    shards = []
-    for parameter in parameters:
-        begin, end, bucket_id = layout.param_index_map[parameter]
-        bucket_begin, bucket_end = layout.bucket_indices[bucket_id]
-        shard_numel = (bucket_end - bucket_begin) // dp
-        shards.append(tuple(shard_ranges(begin - bucket_begin, end - bucket_begin, shard_numel)))
-    numel = layout.bucket_indices[-1][1] if layout.bucket_indices else 0
-    return Buffer(numel, numel - sum(numels), tuple(shards))
+def _padded(numel: int, divisor: int) -> int:
+    return -(-numel // divisor) * divisor
+
+
+def _buffer(
+    numels: Sequence[int], dp: int, is_full: Callable[[list[int]], bool], bucket: Callable[[list[int]], _Bucket]
+) -> Buffer:
+    """Fills buckets in backward order, the last parameter first."""
+    shards: dict[int, tuple[tuple[int, int, int], ...]] = {}
+    total = 0
+    members: list[int] = []
+    for index in reversed(range(len(numels))):
+        members.append(index)
+        if index == 0 or is_full(members):
+            begins, size = bucket(members)
+            for member, begin in begins.items():
+                shards[member] = tuple(shard_ranges(begin, begin + numels[member], size // dp))
+            total += size
+            members = []
+    return Buffer(total, total - sum(numels), tuple(shards[index] for index in range(len(numels))))
 
 
 def sharded_matrices(specs: Sequence[MatrixSpec], buffer: Buffer, grid: GroupShape) -> list[ShardedMatrix]:
-    """The matrices with the slice that each rank of the grid stores, as the plugin gives them to `build_plan`."""
+    """The matrices with the slice that each rank of the group stores, as the plugin gives them to `build_plan`."""
     return [
         ShardedMatrix(
             spec,

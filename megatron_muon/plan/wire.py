@@ -9,11 +9,14 @@ collected tensors and back on its rank. All other slices travel whole, also what
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from megatron_muon.plan.ownership import Item, OwnershipPlan, Segment
+import numpy as np
+
+from megatron_muon.plan.ownership import Item, OwnershipPlan, Segment, Transfers
 
 # Stacks of matrices begin at multiples of so many elements, as matrix units and copies want it.
 STACK_ALIGNMENT = 64
@@ -70,6 +73,25 @@ class Wire:
             for scatter in (False, True)
         }
 
+    @cached_property
+    def _columns(self) -> tuple[Transfers, ...]:
+        travels = np.zeros((len(self.plan.matrices), self.plan.world_size), dtype=np.bool_)
+        for index, rank in self.travelling:
+            travels[index, rank] = True
+        found: list[list[Transfers]] = [[] for _ in range(self.num_transfers)]
+        for round_index in range(len(self.plan.rounds)):
+            for item in self.plan.items(round_index):
+                for scatter in (False, True):
+                    moved = self.plan.transfers([item], scatter=scatter)
+                    kept = travels[item.matrix, moved.destinations if scatter else moved.sources]
+                    found[round_index + 2 * scatter].append(Transfers(*(column[kept] for column in moved)))
+        empty = Transfers(*(np.zeros(0, dtype=np.int64) for _ in Transfers._fields))
+        return tuple(Transfers(*map(np.concatenate, zip(*(own or [empty]), strict=True))) for own in found)
+
+    def moved(self, transfer: int) -> Transfers:
+        """What a transfer carries, gather and scatter together, also from a rank to itself."""
+        return self._columns[transfer]
+
     def lane(self, transfer: int, *, scatter: bool) -> tuple[tuple[int, Segment], ...]:
         """(owner, segment) of all that a transfer gathers or scatters, in wire order."""
         return self._lanes.get((transfer - 2 if scatter else transfer, scatter), ())
@@ -77,10 +99,8 @@ class Wire:
     @cached_property
     def moves(self) -> tuple[bool, ...]:
         """For each transfer, whether any rank sends anything to another one."""
-        return tuple(
-            any(owner != s.rank for scatter in (False, True) for owner, s in self.lane(transfer, scatter=scatter))
-            for transfer in range(self.num_transfers)
-        )
+        columns = map(self.moved, range(self.num_transfers))
+        return tuple(bool((moved.sources != moved.destinations).any()) for moved in columns)
 
     @property
     def num_collectives(self) -> int:
@@ -90,15 +110,31 @@ class Wire:
     @cached_property
     def buffer_numel(self) -> tuple[tuple[int, int], ...]:
         """For each rank, elements of its send and its receive buffer: those of its largest transfer."""
-        most = [[0, 0] for _ in range(self.plan.world_size)]
-        for transfer in range(self.num_transfers):
-            here = [[0, 0] for _ in range(self.plan.world_size)]
-            for scatter in (False, True):
-                for owner, segment in self.lane(transfer, scatter=scatter):
-                    here[segment.rank][scatter] += segment.numel
-                    here[owner][not scatter] += segment.numel
-            most = [[max(a, b), max(c, d)] for (a, c), (b, d) in zip(most, here, strict=True)]
-        return tuple((send, receive) for send, receive in most)
+        most = np.zeros((2, self.plan.world_size), dtype=np.int64)
+        for moved in map(self.moved, range(self.num_transfers)):
+            here = np.zeros_like(most)
+            np.add.at(here[0], moved.sources, moved.numels)
+            np.add.at(here[1], moved.destinations, moved.numels)
+            most = np.maximum(most, here)
+        return tuple((send, receive) for send, receive in most.T.tolist())
+
+    @cached_property
+    def _owned(self) -> dict[tuple[int, int], list[Item]]:
+        """(round, rank) -> items that the rank owns."""
+        owned: dict[tuple[int, int], list[Item]] = defaultdict(list)
+        for round_index in range(len(self.plan.rounds)):
+            for item in self.plan.items(round_index):
+                owned[round_index, self.plan.owner(item)].append(item)
+        return owned
+
+    @cached_property
+    def _held(self) -> tuple[dict[int, int], ...]:
+        """For each rank, parameter index -> elements of its slice."""
+        held: tuple[dict[int, int], ...] = tuple({} for _ in range(self.plan.world_size))
+        for index, matrix in enumerate(self.plan.matrices):
+            for s in matrix.slices:
+                held[s.rank][index] = s.stop - s.start
+        return held
 
     def placed_items(self, round_index: int, rank: int) -> tuple[dict[Item, int], int]:
         """Where a rank collects what it owns in a round: item -> first element, and the number of elements.
@@ -107,7 +143,7 @@ class Wire:
         """
         offsets: dict[Item, int] = {}
         at, before = 0, None
-        for key, item in sorted((self._shape_key(item), item) for item in self.plan.items(round_index, rank)):
+        for key, item in sorted((self._shape_key(item), item) for item in self._owned.get((round_index, rank), ())):
             if key != before:
                 at, before = -(-at // STACK_ALIGNMENT) * STACK_ALIGNMENT, key
             offsets[item] = at
@@ -128,7 +164,7 @@ class Wire:
             itemsize: Of an element on the wire.
             scratch_numel: See `batches`.
         """
-        numel = {i: s.stop - s.start for i, m in enumerate(self.plan.matrices) for s in m.slices if s.rank == rank}
+        numel = self._held[rank]
         rounds = range(len(self.plan.rounds))
         collected = max((self.placed_items(r, rank)[1] for r in rounds), default=0)
         scratch = max(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_muon.estimate.buffers import quiet_imports
 from megatron_muon.estimate.stages import Layout
 from megatron_muon.profile.settings import GROUP_KINDS, GroupKind, LinkSettings
 
@@ -124,6 +126,20 @@ def release_groups() -> None:
     parallel_state = sys.modules.get("megatron.core.parallel_state")
     if parallel_state is not None:
         parallel_state.destroy_model_parallel()
+
+
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Silences what Megatron and torch print about missing CUDA, Transformer Engine and apex."""
+    logger = logging.getLogger("torch.utils.cpp_extension")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _megatron_groups(layout: Layout) -> dict[GroupKind, dist.ProcessGroup]:
