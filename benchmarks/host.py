@@ -94,7 +94,7 @@ def parts_of(name: str, muon: MuonConfig, busiest_by: str = "pieces") -> list[Pa
     everywhere: dict[int, list[Part]] = {}
     for grid, _, plans in kinds:
         for ep_rank, plan in enumerate(plans):
-            at = tuple(grid.stage_rank(rank, ep_rank) for rank in range(grid.size))
+            at = tuple(grid.places(ep_rank).tolist())
             if busiest_by == "flops":
                 handled.update(dict(zip(at, plan.rank_flops, strict=True)))
             else:

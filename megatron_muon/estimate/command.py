@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_muon.estimate.models import BUILT_IN
 
 if TYPE_CHECKING:
-    from megatron_muon.estimate.estimates import ModelPlan
+    from megatron_muon.estimate.estimates import ModelEstimate
 
 NAME = "plan"
 
@@ -92,14 +92,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(args: argparse.Namespace) -> ModelPlan:
+def _plan(args: argparse.Namespace) -> ModelEstimate:
     # torch and Megatron are imported only once a plan is asked for: other subcommands and --help start at once.
     from megatron_muon.config import MuonConfig
-    from megatron_muon.estimate.estimates import plan_model
+    from megatron_muon.estimate.estimates import estimate_model
     from megatron_muon.estimate.schemes import PlanSettings
     from megatron_muon.estimate.shapes import load_model
     from megatron_muon.estimate.stages import Layout
-    from megatron_muon.plan.cost_model import CostModel
     from megatron_muon.plan.links_file import load_links
 
     flags = ("ns_steps", "exchange_dtype", "router", "qkv_split", "mla_split", "balance")
@@ -123,9 +122,9 @@ def _plan(args: argparse.Namespace) -> ModelPlan:
         overlap_grad_reduce=not args.no_overlap_grad_reduce,
         bucket_size=args.ddp_bucket_size,
         grad_bytes=2 if args.grad_reduce_in_bf16 else 4,
-        cost=CostModel.for_device("cuda", load_links(args.links, "--links") if args.links else None),
+        links=load_links(args.links, "--links") if args.links else None,
     )
-    return plan_model(load_model(args.model), layout, settings)
+    return estimate_model(load_model(args.model), layout, settings)
 
 
 def _layers_per_stage(text: str | None) -> tuple[int, ...] | None:
@@ -137,14 +136,11 @@ def _layers_per_stage(text: str | None) -> tuple[int, ...] | None:
         raise ValueError(f"--layers-per-stage: got {text!r}, expected numbers separated by commas") from None
 
 
-def _print(plan: ModelPlan, *, as_json: bool) -> None:
-    from megatron_muon.estimate.plan_report import plan_to_json, print_plan
+def _print(plan: ModelEstimate, *, as_json: bool) -> None:
+    from megatron_muon.estimate.report import estimate_to_json, print_estimate
+    from megatron_muon.observe.console import console
 
     if as_json:
-        print(json.dumps(plan_to_json(plan), indent=2))
+        print(json.dumps(estimate_to_json(plan), indent=2))
         return
-    from rich.console import Console
-
-    # Into a file or a pipe, rich would fold everything into 80 columns.
-    console = Console() if sys.stdout.isatty() else Console(width=130)
-    print_plan(plan, console)
+    print_estimate(plan, console())

@@ -1,10 +1,12 @@
-"""Estimates for each pipeline stage of a model under a layout: dense and expert matrices together, by scheme."""
+"""Estimates for each pipeline stage of a model under a layout, for every scheme: dense and expert matrices together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
+
+import numpy as np
 
 from megatron_muon.estimate.buffers import Buffer, default_bucket_size
 from megatron_muon.estimate.models import Layer, Model
@@ -15,36 +17,57 @@ from megatron_muon.estimate.schemes import (
     adamw_sent_bytes,
     all_gather,
     distributed_muon,
-    group_stride,
     layer_wise,
     matrix_flops,
     ownership_plan,
 )
 from megatron_muon.estimate.stages import GroupShape, Layout, check_experts, grids, split_layers, stage_specs
-from megatron_muon.estimate.transfer_times import ring
+from megatron_muon.estimate.transfer_times import CollectiveBytes, ring
 from megatron_muon.matrices.spec import MatrixSpec
 from megatron_muon.plan.build import OwnershipPlan, PlanOptions, fewest_idle, largest_matrix_flops
-from megatron_muon.plan.machines import CollectiveBytes
 
 OURS, UPSTREAM, MOONLIGHT = "megatron_muon", "megatron_layer_wise", "moonlight_all_gather"
 SCHEMES = (OURS, UPSTREAM, MOONLIGHT)
 
-Kind = tuple[Sequence[MatrixSpec], GroupShape]
-"""Dense matrices, or the experts' of one expert-parallel rank, as a rank stores them; and the ranks that share them."""
 
-_KindPlans = tuple[GroupShape, tuple[OwnershipPlan, ...], Buffer]
+class GroupMatrices(NamedTuple):
+    """Dense matrices, or those of one expert-parallel rank's experts, and the group of ranks that shares them.
+
+    Attributes:
+        specs: The matrices as a rank stores them.
+        grid: The ranks that share them.
+    """
+
+    specs: Sequence[MatrixSpec]
+    grid: GroupShape
+
+
+class GroupPlans(NamedTuple):
+    """How the plugin shares a stage's dense or expert matrices.
+
+    Attributes:
+        grid: The ranks that share them.
+        buffer: Layout of the buffer, the same for each expert-parallel rank.
+        plans: A plan for each expert-parallel rank; one for dense matrices.
+    """
+
+    grid: GroupShape
+    buffer: Buffer
+    plans: tuple[OwnershipPlan, ...]
 
 
 @dataclass(frozen=True)
 class SchemeEstimate:
-    """One scheme's demands on the ranks of a stage, within one optimizer instance.
+    """One scheme's demands on the ranks of a stage, within one optimizer instance. Tuples have an entry for each rank.
 
     Attributes:
-        flops: Newton-Schulz FLOPs of each rank.
-        busiest: Of the busiest rank, and what it could compute while its teams talk, as the planner reckons.
-        sent_bytes: Bytes that each rank sends beyond AdamW's reduce-scatter and all-gather.
-        team_bytes: Bytes that each rank sends to those with whom it orthogonalizes a matrix, besides.
-        momentum_bytes: Momentum on each rank.
+        flops: Newton-Schulz FLOPs.
+        busiest: FLOPs of the busiest rank, with what it could compute while its teams talk, as the planner counts it.
+        sent_bytes: Bytes sent beyond AdamW's reduce-scatter and all-gather.
+        team_bytes: Bytes sent besides to the ranks that orthogonalize a matrix together.
+        momentum_bytes: Size of the momentum.
+        exchange_buffer_bytes: Persistent buffers of the exchange.
+        memory_traffic_bytes: Bytes that element-wise kernels, copies and the gather of parameters read and write.
         buffer_bytes: Gradient and parameter buffers of Muon's parameters, the same on each rank.
         padding: Padding of the dense and of the expert buffer over their parameters; None where there are none.
         collectives: What the scheme adds to AdamW's collectives.
@@ -54,7 +77,9 @@ class SchemeEstimate:
     busiest: float
     sent_bytes: tuple[float, ...]
     team_bytes: tuple[float, ...]
-    momentum_bytes: tuple[int, ...]
+    momentum_bytes: tuple[float, ...]
+    exchange_buffer_bytes: tuple[float, ...]
+    memory_traffic_bytes: tuple[float, ...]
     buffer_bytes: int
     padding: tuple[float | None, float | None]
     collectives: tuple[CollectiveBytes, ...]
@@ -67,20 +92,25 @@ class SchemeEstimate:
     def flops_mean(self) -> float:
         return mean(self.flops)
 
+    @property
+    def num_collectives(self) -> int:
+        """Collectives that the scheme adds in a step."""
+        return sum(c.issued for c in self.collectives)
+
 
 @dataclass(frozen=True)
 class StageEstimate:
     """A pipeline stage, or several that are alike.
 
     Attributes:
-        stages: Their indices, from 0.
+        stages: Indices of the stages, from 0.
         num_layers: Transformer layers of each.
         num_logical_matrices: Matrices that the stage's ranks orthogonalize in a step, each counted once.
         param_numel: Muon's dense and expert parameters on a rank.
         ideal_flops: Newton-Schulz FLOPs of a rank if every logical matrix is done once and the load is level.
-        adamw_bytes: What a rank sends in the reduce-scatter and all-gather of the same parameters, unpadded.
+        adamw_bytes: Bytes that a rank sends in the reduce-scatter and all-gather of the same parameters, unpadded.
         adamw_collectives: Those collectives.
-        schemes: By name; None where the scheme refuses the layout.
+        schemes: Estimates by name of the scheme; None where the scheme refuses the layout.
     """
 
     stages: tuple[int, ...]
@@ -99,15 +129,15 @@ class StageEstimate:
 
 
 @dataclass(frozen=True)
-class ModelPlan:
+class ModelEstimate:
     """The estimates of a whole model.
 
     Attributes:
         model: The model.
         layout: The layout.
-        settings: What else they depend on.
+        settings: Further settings that they depend on.
         stages: Distinct stages, in order.
-        notes: What a reader has to know about the layout.
+        notes: Remarks about the layout that a reader has to know.
     """
 
     model: Model
@@ -122,13 +152,13 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def plan_model(model: Model, layout: Layout, settings: PlanSettings | None = None) -> ModelPlan:
+def estimate_model(model: Model, layout: Layout, settings: PlanSettings | None = None) -> ModelEstimate:
     """Estimates all stages; stages with equal layers and buckets are computed once.
 
     Args:
         model: The model.
         layout: The layout.
-        settings: What else the estimates depend on.
+        settings: Further settings that the estimates depend on.
 
     Raises:
         ValueError: If the model does not divide over the layout.
@@ -139,7 +169,7 @@ def plan_model(model: Model, layout: Layout, settings: PlanSettings | None = Non
         _estimate_stage(layers, tuple(indices), layout, settings, bucket_size)
         for (layers, bucket_size), indices in distinct_stages(model, layout, settings).items()
     )
-    return ModelPlan(model, layout, settings, stages, _notes(model, layout))
+    return ModelEstimate(model, layout, settings, stages, _notes(model, layout))
 
 
 def distinct_stages(
@@ -180,6 +210,80 @@ def _notes(model: Model, layout: Layout) -> tuple[str, ...]:
     return tuple(notes)
 
 
+def stage_kinds(layers: Sequence[Layer], layout: Layout, settings: PlanSettings) -> list[GroupMatrices]:
+    """A stage's dense and expert matrices, in this order, each with the group that shares them.
+
+    Raises:
+        ValueError: If a matrix does not divide over its tensor-parallel ranks, or there is none of Muon's.
+    """
+    specs = stage_specs(layers, layout, settings.muon, settings.impl)
+    kinds = [GroupMatrices(own, grid) for own, grid in zip(specs, grids(layout), strict=True) if own]
+    if not kinds:
+        raise ValueError("a stage has no matrix for Muon; give it a layer with one, or let Muon have the routers")
+    return kinds
+
+
+def stage_plans(
+    kinds: Sequence[GroupMatrices], settings: PlanSettings, bucket_size: int | None
+) -> tuple[GroupPlans, ...]:
+    """The plugin's ownership plans of a stage: first that of the kind with the larger matrices, see `fewest_idle`.
+
+    Args:
+        kinds: As `stage_kinds` returns them.
+        settings: Further settings that the plans depend on.
+        bucket_size: Elements after which a bucket is closed; None for a single one.
+
+    Returns:
+        The plans of each kind, in the order of `kinds`.
+    """
+    most = settings.muon.max_team_size
+    options = PlanOptions.from_config(settings.muon, settings.rates, None)
+    largest = [largest_matrix_flops(kind.specs, ns_steps=settings.muon.ns_steps, options=options) for kind in kinds]
+    order = sorted(range(len(kinds)), key=lambda index: -largest[index])
+    stage_ranks = kinds[0].grid.size * kinds[0].grid.ep
+    ideal = _flops_once(kinds, settings) / stage_ranks
+
+    def attempt(max_team_size: int) -> tuple[tuple[GroupPlans, ...], float]:
+        """Plans with a limit on the first kind's teams, and the load of the busiest rank over the ideal."""
+        made: dict[int, GroupPlans] = {}
+        loads = np.zeros(stage_ranks)
+        for index in order:
+            limit = max_team_size if index == order[0] else most
+            made[index] = _group_plans(kinds[index], settings, bucket_size, loads.tolist(), limit)
+            for ep_rank, plan in enumerate(made[index].plans):
+                loads[kinds[index].grid.places(ep_rank)] = plan.loads
+        return tuple(made[index] for index in range(len(kinds))), float(loads.max()) / ideal
+
+    return fewest_idle(most, attempt) if len(kinds) > 1 else attempt(most)[0]
+
+
+def _group_plans(
+    kind: GroupMatrices,
+    settings: PlanSettings,
+    bucket_size: int | None,
+    before: Sequence[float],
+    max_team_size: int,
+) -> GroupPlans:
+    """A kind's plans. `before`: load that each rank of the stage has already."""
+    grid = kind.grid
+    # Few expert-parallel ranks differ in their loads and nodes, and those that do not have the same plan.
+    made: dict[tuple[tuple[float, ...], tuple[int, ...]], tuple[Buffer, OwnershipPlan]] = {}
+    chosen = []
+    for ep_rank in range(grid.ep):
+        places = grid.places(ep_rank)
+        initial = tuple(before[place] for place in places)
+        key = initial, tuple((places // settings.gpus_per_node).tolist())
+        if key not in made:
+            made[key] = ownership_plan(kind.specs, grid, settings, bucket_size, initial, ep_rank, max_team_size)
+        chosen.append(made[key])
+    return GroupPlans(grid, chosen[0][0], tuple(plan for _, plan in chosen))
+
+
+def _flops_once(kinds: Sequence[GroupMatrices], settings: PlanSettings) -> float:
+    """Newton-Schulz FLOPs of a stage if every logical matrix is done once."""
+    return sum(kind.grid.ep * matrix_flops(spec, settings) for kind in kinds for spec in kind.specs)
+
+
 def _estimate_stage(
     layers: Sequence[Layer],
     stages: tuple[int, ...],
@@ -188,27 +292,23 @@ def _estimate_stage(
     bucket_size: int | None,
 ) -> StageEstimate:
     kinds = stage_kinds(layers, layout, settings)
-
-    def combined(estimate: Callable[[Sequence[MatrixSpec], GroupShape], GroupLoad]) -> SchemeEstimate:
-        return _combine([(grid, [estimate(specs, grid)] * grid.ep) for specs, grid in kinds], settings)
-
     plans = stage_plans(kinds, settings, bucket_size)
+    # The plans that are made last have the others' loads in theirs.
+    busiest = float(max(load for group in plans for plan in group.plans for load in plan.loads))
     schemes: dict[str, SchemeEstimate | None] = {
-        OURS: _combine(
-            [(g, _loads(buffer, own, g, settings)) for g, buffer, own in plans],
-            settings,
-            # The plans made last have the others' loads in theirs.
-            busiest=float(max(load for _, _, own in plans for plan in own for load in plan.loads)),
-        ),
+        OURS: _combine([(group.grid, _plan_loads(group, settings)) for group in plans], settings, busiest),
         UPSTREAM: None,
-        MOONLIGHT: combined(lambda specs, grid: all_gather(specs, grid, settings, bucket_size)),
+        MOONLIGHT: _combine(
+            [(k.grid, [all_gather(k.specs, k.grid, settings, bucket_size)] * k.grid.ep) for k in kinds], settings
+        ),
     }
     if layout.instances == 1:
-        schemes[UPSTREAM] = combined(lambda specs, grid: layer_wise(specs, grid, settings, bucket_size))
+        schemes[UPSTREAM] = _combine(
+            [(k.grid, [layer_wise(k.specs, k.grid, settings, bucket_size)] * k.grid.ep) for k in kinds], settings
+        )
     numels = [0, 0]
     for specs, grid in kinds:
         numels[grid.expert] = sum(s.local_numel for s in specs)
-    once = sum(grid.ep * matrix_flops(s, settings.muon) for specs, grid in kinds for s in specs)
     adamw = [(adamw_sent_bytes(numels[grid.expert], grid, settings), grid) for _, grid in kinds]
     return StageEstimate(
         stages=stages,
@@ -217,128 +317,54 @@ def _estimate_stage(
             grid.ep * s.logical_shape(part)[0] for specs, grid in kinds for s in specs for part in range(len(s.parts))
         ),
         param_numel=(numels[0], numels[1]),
-        ideal_flops=once / layout.stage_ranks,
+        ideal_flops=_flops_once(kinds, settings) / layout.stage_ranks,
         adamw_bytes=sum(sent for sent, _ in adamw),
-        adamw_collectives=tuple(ring(sent, grid.dp, group_stride(grid)) for sent, grid in adamw),
+        adamw_collectives=tuple(ring(sent, grid.dp, grid.stride) for sent, grid in adamw),
         schemes=schemes,
     )
 
 
-def stage_kinds(layers: Sequence[Layer], layout: Layout, settings: PlanSettings) -> list[Kind]:
-    """The kinds of matrices that a stage has, dense before experts', each with the grid that shares them.
-
-    Raises:
-        ValueError: If a matrix does not divide over its tensor-parallel ranks, or there is none of Muon's.
-    """
-    specs = stage_specs(layers, layout, settings.muon, settings.impl)
-    kinds: list[Kind] = [(own, grid) for own, grid in zip(specs, grids(layout), strict=True) if own]
-    if not kinds:
-        raise ValueError("a stage has no matrix for Muon; give it a layer with one, or let Muon have the routers")
-    return kinds
-
-
-def stage_plans(
-    kinds: Sequence[Kind], settings: PlanSettings, bucket_size: int | None
-) -> list[tuple[GroupShape, Buffer, tuple[OwnershipPlan, ...]]]:
-    """The plugin's ownership plans of a stage: first that of the kind with the larger matrices, see `fewest_idle`.
-
-    Args:
-        kinds: As `stage_kinds` returns them.
-        settings: What else the plans depend on.
-        bucket_size: Elements after which a bucket is closed; None for a single one.
-
-    Returns:
-        For each kind, in their order, its grid, its buffer, and a plan for each expert-parallel rank; for dense
-        matrices there is one.
-    """
-    options = PlanOptions.from_config(settings.muon, settings.cost, None)
-
-    def largest(kind: Kind) -> int:
-        return largest_matrix_flops(kind[0], ns_steps=settings.muon.ns_steps, options=options)
-
-    order = sorted(kinds, key=largest, reverse=True)
-    once = sum(grid.ep * matrix_flops(s, settings.muon) for specs, grid in kinds for s in specs)
-    ideal = once / (kinds[0][1].size * kinds[0][1].ep)
-
-    def attempt(max_team_size: int) -> tuple[dict[bool, _KindPlans], float]:
-        plans: dict[bool, _KindPlans] = {}
-        loads = None
-        for kind, limit in zip(order, (max_team_size, settings.muon.max_team_size), strict=False):
-            plans[kind[1].expert] = _kind_plans(kind, settings, bucket_size, loads, limit)
-            loads = _loads_by_stage_rank(*plans[kind[1].expert])
-        return plans, max(loads or [0.0]) / ideal
-
-    most = settings.muon.max_team_size
-    plans = fewest_idle(most, attempt) if len(order) > 1 else attempt(most)[0]
-    return [(plans[grid.expert][0], plans[grid.expert][2], plans[grid.expert][1]) for _, grid in kinds]
-
-
-def _kind_plans(
-    kind: Kind, settings: PlanSettings, bucket_size: int | None, before: Sequence[float] | None, max_team_size: int
-) -> _KindPlans:
-    """A kind's grid, a plan for each expert-parallel rank and the buffer. `before`: load of each rank of the stage."""
-    specs, grid = kind
-    # Few loads differ, and where they do not, neither do the plans.
-    made: dict[tuple[Any, ...], tuple[Buffer, OwnershipPlan]] = {}
-    chosen = []
-    for ep_rank in range(grid.ep):
-        at = [grid.stage_rank(rank, ep_rank) for rank in range(grid.size)]
-        initial = [before[place] for place in at] if before else None
-        key = (tuple(initial or ()), tuple(place // settings.gpus_per_node for place in at))
-        if key not in made:
-            made[key] = ownership_plan(specs, grid, settings, bucket_size, initial, ep_rank, max_team_size)
-        chosen.append(made[key])
-    return grid, tuple(plan for _, plan in chosen), chosen[0][0]
-
-
-def _loads_by_stage_rank(grid: GroupShape, plans: Sequence[OwnershipPlan], _: Buffer) -> list[float]:
-    out = [0.0] * (grid.size * grid.ep)
-    for ep_rank, plan in enumerate(plans):
-        for rank, load in enumerate(plan.loads):
-            out[grid.stage_rank(rank, ep_rank)] = float(load)
-    return out
-
-
-def _loads(buffer: Buffer, plans: Sequence[OwnershipPlan], grid: GroupShape, settings: PlanSettings) -> list[GroupLoad]:
-    """A load for each plan; equal plans are looked at once."""
-    made: dict[tuple[Any, ...], GroupLoad] = {}
+def _plan_loads(group: GroupPlans, settings: PlanSettings) -> list[GroupLoad]:
+    """A load for each plan of a group; ranks that share a plan and lie alike in their nodes share the load."""
+    made: dict[tuple[int, tuple[int, ...]], GroupLoad] = {}
     out = []
-    for ep_rank, plan in enumerate(plans):
-        key = (id(plan), grid.stage_rank(0, ep_rank) // settings.gpus_per_node)
+    for ep_rank, plan in enumerate(group.plans):
+        key = id(plan), tuple((group.grid.places(ep_rank) // settings.gpus_per_node).tolist())
         if key not in made:
-            made[key] = distributed_muon(buffer, plan, grid, settings, ep_rank)
+            made[key] = distributed_muon(group.buffer, plan, group.grid, settings, ep_rank)
         out.append(made[key])
     return out
 
 
 def _combine(
-    loads: Sequence[tuple[GroupShape, Sequence[GroupLoad]]], settings: PlanSettings, busiest: float | None = None
+    groups: Sequence[tuple[GroupShape, Sequence[GroupLoad]]], settings: PlanSettings, busiest: float | None = None
 ) -> SchemeEstimate:
-    """Adds dense and expert loads up, by rank of the stage. A grid has a load for each expert-parallel rank."""
+    """Adds dense and expert loads by rank of the stage. A group has a load for each expert-parallel rank."""
 
-    def total(values: Callable[[GroupLoad], Sequence[Any]]) -> tuple[Any, ...]:
-        out = [0] * (loads[0][0].size * loads[0][0].ep)
-        for grid, of_grid in loads:
-            for ep_rank, load in enumerate(of_grid):
-                for rank, value in enumerate(values(load)):
-                    out[grid.stage_rank(rank, ep_rank)] += value
-        return tuple(out)
+    def total(name: str) -> tuple[float, ...]:
+        out = np.zeros(groups[0][0].size * groups[0][0].ep)
+        for grid, loads in groups:
+            for ep_rank, load in enumerate(loads):
+                out[grid.places(ep_rank)] += getattr(load, name)
+        return tuple(out.tolist())
 
     padding: list[float | None] = [None, None]
-    for grid, of_grid in loads:
-        buffer = of_grid[0].buffer
+    for grid, loads in groups:
+        buffer = loads[0].buffer
         padding[grid.expert] = buffer.padding_numel / (buffer.numel - buffer.padding_numel)
-    flops = total(lambda load: load.flops)
+    flops = total("flops")
     return SchemeEstimate(
         flops=flops,
         busiest=max(flops) if busiest is None else busiest,
-        sent_bytes=total(lambda load: load.sent_bytes),
-        team_bytes=total(lambda load: load.team_bytes),
-        momentum_bytes=total(lambda load: load.momentum_bytes),
-        buffer_bytes=sum(of_grid[0].buffer.numel for _, of_grid in loads) * (settings.grad_bytes + PARAM_BYTES),
+        sent_bytes=total("sent_bytes"),
+        team_bytes=total("team_bytes"),
+        momentum_bytes=total("momentum_bytes"),
+        exchange_buffer_bytes=total("exchange_buffer_bytes"),
+        memory_traffic_bytes=total("memory_traffic_bytes"),
+        buffer_bytes=sum(loads[0].buffer.numel for _, loads in groups) * (settings.grad_bytes + PARAM_BYTES),
         padding=(padding[0], padding[1]),
-        # Grids that are alike exchange at the same time: the one that moves most counts.
-        collectives=tuple(c for _, of_grid in loads for c in max(of_grid, key=_moved).collectives),
+        # Groups that are alike exchange at the same time: the one that moves most counts.
+        collectives=tuple(c for _, loads in groups for c in max(loads, key=_moved).collectives),
     )
 
 

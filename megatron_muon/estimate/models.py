@@ -94,142 +94,97 @@ class BuiltIn:
     source: str
 
 
-_LLAMA3: dict[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "num_key_value_heads": 8,
-    "tie_word_embeddings": False,
-}
-_MLA: dict[str, Any] = {
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "tie_word_embeddings": False,
-}
-_QWEN3: dict[str, Any] = {
-    "vocab_size": 151936,
-    "num_attention_heads": 32,
-    "head_dim": 128,
-    "tie_word_embeddings": False,
-}
+def _llama3(hidden: int, layers: int, heads: int, ffn: int) -> dict[str, Any]:
+    return {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": ffn,
+    }
+
+
+def _latent(
+    hidden: int, layers: int, heads: int, ffn: int, moe_ffn: int, experts: int, **fields: Any
+) -> dict[str, Any]:
+    """A mixture of experts with multi-head latent attention (MLA), as in DeepSeek-V3."""
+    return {
+        "model_type": "deepseek_v3",
+        "tie_word_embeddings": False,
+        "n_shared_experts": 1,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "intermediate_size": ffn,
+        "moe_intermediate_size": moe_ffn,
+        "n_routed_experts": experts,
+        "first_k_dense_replace": 1,
+        **fields,
+    }
+
+
+def _qwen3(hidden: int, layers: int, kv_heads: int, ffn: int, **fields: Any) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "num_attention_heads": 32,
+        "head_dim": 128,
+        "tie_word_embeddings": False,
+        "num_key_value_heads": kv_heads,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "intermediate_size": ffn,
+        **fields,
+    }
+
 
 BUILT_IN: Mapping[str, BuiltIn] = MappingProxyType(
     {
         "moonlight-16b": BuiltIn(
-            {
-                **_MLA,
-                "model_type": "deepseek_v3",
-                "vocab_size": 163840,
-                "hidden_size": 2048,
-                "num_hidden_layers": 27,
-                "num_attention_heads": 16,
-                "q_lora_rank": None,
-                "intermediate_size": 11264,
-                "moe_intermediate_size": 1408,
-                "n_routed_experts": 64,
-                "n_shared_experts": 2,
-                "first_k_dense_replace": 1,
-            },
+            _latent(2048, 27, 16, 11264, 1408, 64, vocab_size=163840, q_lora_rank=None, n_shared_experts=2),
             # 15.29B without embeddings, and two of 163840 x 2048.
             15.29e9 + 2 * 163840 * 2048,
             "huggingface.co/moonshotai/Moonlight-16B-A3B config.json; arXiv 2502.16982",
         ),
         "kimi-k2": BuiltIn(
-            {
-                **_MLA,
-                "model_type": "kimi_k2",
-                "vocab_size": 163840,
-                "hidden_size": 7168,
-                "num_hidden_layers": 61,
-                "num_attention_heads": 64,
-                "q_lora_rank": 1536,
-                "intermediate_size": 18432,
-                "moe_intermediate_size": 2048,
-                "n_routed_experts": 384,
-                "n_shared_experts": 1,
-                "first_k_dense_replace": 1,
-            },
+            _latent(7168, 61, 64, 18432, 2048, 384, vocab_size=163840, model_type="kimi_k2"),
             # The checkpoint's own count; its report rounds to 1.04T.
             1026.5e9,
             "huggingface.co/moonshotai/Kimi-K2-Instruct config.json and parameter count; arXiv 2507.20534",
         ),
         "deepseek-v3": BuiltIn(
-            {
-                **_MLA,
-                "model_type": "deepseek_v3",
-                "vocab_size": 129280,
-                "hidden_size": 7168,
-                "num_hidden_layers": 61,
-                "num_attention_heads": 128,
-                "q_lora_rank": 1536,
-                "intermediate_size": 18432,
-                "moe_intermediate_size": 2048,
-                "n_routed_experts": 256,
-                "n_shared_experts": 1,
-                "first_k_dense_replace": 3,
-            },
+            _latent(7168, 61, 128, 18432, 2048, 256, vocab_size=129280, first_k_dense_replace=3),
             671e9,
             "huggingface.co/deepseek-ai/DeepSeek-V3 config.json; arXiv 2412.19437",
         ),
         "qwen3-30b-a3b": BuiltIn(
-            {
-                **_QWEN3,
-                "model_type": "qwen3_moe",
-                "hidden_size": 2048,
-                "num_hidden_layers": 48,
-                "num_key_value_heads": 4,
-                "intermediate_size": 6144,
-                "moe_intermediate_size": 768,
-                "num_experts": 128,
-                "decoder_sparse_step": 1,
-                "mlp_only_layers": [],
-            },
+            _qwen3(2048, 48, 4, 6144, model_type="qwen3_moe", moe_intermediate_size=768, num_experts=128),
             30.5e9,
             "huggingface.co/Qwen/Qwen3-30B-A3B config.json and model card",
         ),
         "qwen3-8b": BuiltIn(
-            {
-                **_QWEN3,
-                "model_type": "qwen3",
-                "hidden_size": 4096,
-                "num_hidden_layers": 36,
-                "num_key_value_heads": 8,
-                "intermediate_size": 12288,
-            },
-            8.2e9,
-            "huggingface.co/Qwen/Qwen3-8B config.json and model card",
+            _qwen3(4096, 36, 8, 12288), 8.2e9, "huggingface.co/Qwen/Qwen3-8B config.json and model card"
         ),
         "llama3-8b": BuiltIn(
-            {
-                **_LLAMA3,
-                "hidden_size": 4096,
-                "num_hidden_layers": 32,
-                "num_attention_heads": 32,
-                "intermediate_size": 14336,
-            },
+            _llama3(4096, 32, 32, 14336),
             8.03e9,
             "huggingface.co/meta-llama/Llama-3.1-8B config.json; arXiv 2407.21783, table 3",
         ),
         "llama3-70b": BuiltIn(
-            {
-                **_LLAMA3,
-                "hidden_size": 8192,
-                "num_hidden_layers": 80,
-                "num_attention_heads": 64,
-                "intermediate_size": 28672,
-            },
+            _llama3(8192, 80, 64, 28672),
             70.6e9,
             "huggingface.co/meta-llama/Llama-3.1-70B config.json; arXiv 2407.21783, table 3",
         ),
         "llama3-405b": BuiltIn(
-            {
-                **_LLAMA3,
-                "hidden_size": 16384,
-                "num_hidden_layers": 126,
-                "num_attention_heads": 128,
-                "intermediate_size": 53248,
-            },
+            _llama3(16384, 126, 128, 53248),
             405e9,
             "huggingface.co/meta-llama/Llama-3.1-405B config.json; arXiv 2407.21783, table 3",
         ),

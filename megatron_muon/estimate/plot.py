@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from megatron_muon.estimate.estimates import MOONLIGHT, OURS, UPSTREAM, ModelPlan, StageEstimate
-from megatron_muon.estimate.plan_report import TITLES
+from megatron_muon.estimate.estimates import MOONLIGHT, OURS, UPSTREAM, ModelEstimate, StageEstimate
+from megatron_muon.estimate.report import TITLES
 
 MAX_STAGES = 4
 
 
-def plot_load(plan: ModelPlan, path: Path) -> None:
+def plot_load(plan: ModelEstimate, path: Path) -> None:
     """Writes a picture with one panel per distinct stage; beyond `MAX_STAGES`, those where upstream is least level.
 
     Args:
@@ -48,7 +48,7 @@ def plot_load(plan: ModelPlan, path: Path) -> None:
         raise ValueError(f"--plot: cannot write {path}: {error}") from error
 
 
-def _chosen(plan: ModelPlan) -> list[StageEstimate]:
+def _chosen(plan: ModelEstimate) -> list[StageEstimate]:
     worst = sorted(plan.stages, key=lambda s: -(s.imbalance(UPSTREAM) or s.imbalance(MOONLIGHT) or 0.0))
     return sorted(worst[:MAX_STAGES], key=lambda s: s.stages)
 

@@ -1,26 +1,41 @@
-"""What a step of Muon asks of each rank, under three ways to distribute it: ours, upstream's and Moonlight's."""
+"""What a step of Muon asks of each rank of a group, by three schemes: ours, Megatron-Core's and Moonlight's."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron_muon.config import TORCH_DTYPES, MuonConfig
 from megatron_muon.estimate.buffers import Buffer, distributed_buffer, layer_wise_buffer, sharded_matrices
 from megatron_muon.estimate.stages import GroupShape, TransformerImpl
-from megatron_muon.estimate.transfer_times import all_to_all, ring
+from megatron_muon.estimate.transfer_times import CollectiveBytes, all_to_all, ring
 from megatron_muon.matrices.spec import MatrixSpec
-from megatron_muon.newton_schulz import newton_schulz_flops
 from megatron_muon.plan.build import CostModel, OwnershipPlan, PlanOptions, build_plan
-from megatron_muon.plan.machines import GPUS_PER_NODE, CollectiveBytes
+from megatron_muon.plan.cost_model import alone_flops
+from megatron_muon.plan.links_file import MeasuredLinks
+from megatron_muon.plan.machines import GPUS_PER_NODE
+from megatron_muon.plan.wire import SCRATCH_SHARE, Wire
 
 MOMENTUM_BYTES = 4
 PARAM_BYTES = 2
 
+# Bytes that element-wise kernels read and write in memory, for each element:
+# m = momentum * m + g, then u = g + momentum * m: each reads two fp32 values and writes one.
+_MOMENTUM_TRAFFIC = 24
+# u in fp32 is read and written to the wire in 16 bits.
+_PACK_TRAFFIC = 6
+# The owner copies 16-bit slices into a matrix, and the direction back onto the wire.
+_OWNER_TRAFFIC = 8
+# The update is read in 16 bits, the fp32 weight is read and written, and read again to be cast to bf16.
+_WEIGHT_TRAFFIC = 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings:
-    """What else a plan depends on.
+    """What an estimate depends on, besides the model and the layout.
 
     Attributes:
         muon: Muon's settings.
@@ -28,11 +43,13 @@ class PlanSettings:
         overlap_grad_reduce: Megatron's flag of this name; without it a buffer is one bucket.
         bucket_size: Megatron's `--ddp-bucket-size`, in elements; None takes its rule.
         grad_bytes: Bytes of a gradient element on the wire and in its buffer: 4, or 2 with `--grad-reduce-in-bf16`.
-        cost: By which the plan decides which ranks share a matrix.
+        links: Measured figures; None: data sheets for predictions and conservative defaults for the planner.
+        device_type: `torch.device.type` of the ranks.
         gpus_per_node: Consecutive global ranks that share a node.
+        cost: Rates by which the planner decides which ranks share a matrix; None: from `device_type` and `links`.
 
     Raises:
-        ValueError: If a value is bad.
+        ValueError: If a value is invalid.
     """
 
     muon: MuonConfig = field(default_factory=MuonConfig)
@@ -40,8 +57,10 @@ class PlanSettings:
     overlap_grad_reduce: bool = True
     bucket_size: int | None = None
     grad_bytes: int = 4
-    cost: CostModel = field(default_factory=CostModel)
+    links: MeasuredLinks | None = None
+    device_type: str = "cuda"
     gpus_per_node: int = GPUS_PER_NODE
+    cost: CostModel | None = None
 
     def __post_init__(self) -> None:
         if self.bucket_size is not None and self.bucket_size < 1:
@@ -52,6 +71,11 @@ class PlanSettings:
             raise ValueError(f"gpus_per_node: got {self.gpus_per_node}, expected a positive number")
 
     @property
+    def rates(self) -> CostModel:
+        """The planner's rates."""
+        return self.cost or CostModel.for_device(self.device_type, self.links)
+
+    @property
     def adamw_bytes(self) -> int:
         """Bytes per parameter of AdamW's reduce-scatter of gradients and all-gather of bf16 parameters."""
         return self.grad_bytes + PARAM_BYTES
@@ -59,38 +83,34 @@ class PlanSettings:
 
 @dataclass(frozen=True)
 class GroupLoad:
-    """What one scheme asks of the ranks of a grid in a step.
+    """What one scheme asks of the ranks of a group in a step. Arrays have an entry for each rank of the group.
 
     Attributes:
-        flops: Newton-Schulz FLOPs, by rank.
-        sent_bytes: Bytes that each rank sends beyond AdamW's reduce-scatter and all-gather of the same buffers.
-        team_bytes: Bytes that each rank sends to those with whom it orthogonalizes a matrix, besides.
-        momentum_bytes: Of the momentum, by rank.
-        buffer: The layout of the gradient and parameter buffers.
+        flops: Newton-Schulz FLOPs.
+        sent_bytes: Bytes sent beyond AdamW's reduce-scatter and all-gather of the same parameters.
+        team_bytes: Bytes sent besides to the ranks that orthogonalize a matrix together.
+        momentum_bytes: Size of the momentum.
+        exchange_buffer_bytes: Persistent buffers of the exchange.
+        memory_traffic_bytes: Bytes that element-wise kernels, copies and the gather of parameters read and write.
+        buffer: Layout of the gradient and parameter buffers.
         collectives: What the scheme adds to AdamW's collectives, one after the other.
     """
 
-    flops: tuple[float, ...]
-    sent_bytes: tuple[float, ...]
-    team_bytes: tuple[float, ...]
-    momentum_bytes: tuple[int, ...]
+    flops: NDArray[np.float64]
+    sent_bytes: NDArray[np.float64]
+    team_bytes: NDArray[np.float64]
+    momentum_bytes: NDArray[np.float64]
+    exchange_buffer_bytes: NDArray[np.float64]
+    memory_traffic_bytes: NDArray[np.float64]
     buffer: Buffer
     collectives: tuple[CollectiveBytes, ...]
 
 
-def matrix_flops(spec: MatrixSpec, muon: MuonConfig) -> int:
+def matrix_flops(spec: MatrixSpec, settings: PlanSettings) -> int:
     """Newton-Schulz FLOPs of a parameter's logical matrices, each once and by one rank: what `build_plan` counts."""
-    shapes = (spec.logical_shape(part) for part in range(len(spec.parts)))
-    dtype = TORCH_DTYPES[muon.ns_dtype]
-    return sum(
-        count * newton_schulz_flops(rows, cols, muon.ns_steps, muon.ns_method, dtype=dtype)
-        for count, rows, cols in shapes
-    )
-
-
-def group_stride(grid: GroupShape) -> int:
-    """Distance in global rank between neighbours of a grid's data-parallel group."""
-    return grid.tp * grid.ep
+    muon, dtype, device_type = settings.muon, TORCH_DTYPES[settings.muon.ns_dtype], settings.rates.device_type
+    shapes = map(spec.logical_shape, range(len(spec.parts)))
+    return sum(alone_flops(*shape, muon.ns_steps, dtype, device_type, muon.ns_method) for shape in shapes)
 
 
 def adamw_sent_bytes(numel: int, grid: GroupShape, settings: PlanSettings) -> float:
@@ -107,25 +127,28 @@ def ownership_plan(
     ep_rank: int = 0,
     max_team_size: int | None = None,
 ) -> tuple[Buffer, OwnershipPlan]:
-    """The buffer of a grid's matrices, and the plan that the plugin makes for them.
+    """The buffer of a group's matrices, and the plan that the plugin makes for them.
 
     Args:
         specs: The matrices that a rank stores.
         grid: The ranks that share them.
         settings: The settings.
         bucket_size: As for `distributed_buffer`.
-        initial_loads: What each rank has to do already, as `OwnershipPlan.loads`.
-        ep_rank: Which of the grids that are alike.
-        max_team_size: Instead of the settings'.
+        initial_loads: Load that each rank has already, as `OwnershipPlan.loads`.
+        ep_rank: Expert-parallel rank of the group.
+        max_team_size: Limit on teams in place of the settings'.
     """
     buffer = distributed_buffer([s.local_numel for s in specs], grid.dp, bucket_size)
-    matrices = sharded_matrices(specs, buffer, grid)
-    nodes = [grid.stage_rank(rank, ep_rank) // settings.gpus_per_node for rank in range(grid.size)]
-    options = PlanOptions.from_config(settings.muon, settings.cost, nodes)
+    nodes = grid.places(ep_rank) // settings.gpus_per_node
+    options = PlanOptions.from_config(settings.muon, settings.rates, nodes.tolist())
     if max_team_size is not None:
         options = replace(options, max_team_size=max_team_size)
     plan = build_plan(
-        matrices, grid.tp_ranks, ns_steps=settings.muon.ns_steps, initial_loads=initial_loads, options=options
+        sharded_matrices(specs, buffer, grid),
+        grid.tp_ranks,
+        ns_steps=settings.muon.ns_steps,
+        initial_loads=initial_loads,
+        options=options,
     )
     return buffer, plan
 
@@ -133,33 +156,44 @@ def ownership_plan(
 def distributed_muon(
     buffer: Buffer, plan: OwnershipPlan, grid: GroupShape, settings: PlanSettings, ep_rank: int = 0
 ) -> GroupLoad:
-    """This project: sharded momentum, an owner or a team per matrix in the whole grid, all-to-all there and back.
+    """This project: sharded momentum, an owner or a team per matrix in the whole group, all-to-all there and back.
 
     Args:
         buffer: As `ownership_plan` returns it.
         plan: As `ownership_plan` returns it.
         grid: The ranks that share the matrices.
         settings: The settings.
-        ep_rank: Which of the grids that are alike.
+        ep_rank: Expert-parallel rank of the group.
     """
-    element_size = TORCH_DTYPES[settings.muon.exchange_dtype].itemsize
-    places = [grid.stage_rank(rank, ep_rank) for rank in range(grid.size)]
+    muon, is_muon = settings.muon, settings.muon.variant == "muon"
+    element_size, places = TORCH_DTYPES[muon.exchange_dtype].itemsize, grid.places(ep_rank)
     padding = adamw_sent_bytes(buffer.padding_numel, grid, settings)
-    collectives = [ring(padding, grid.dp, group_stride(grid))]
-    for round_index in range(len(plan.rounds)):
-        for scatter in (False, True):
-            moved = plan.transfers(plan.items(round_index), scatter=scatter)
-            collectives.append(all_to_all(moved, element_size, places))
-    nodes = [place // settings.gpus_per_node for place in places]
-    near, far = plan.team_sent_bytes(nodes)
-    collectives.append(CollectiveBytes(float(max(near)), float(max(far))))
+    wire = Wire(plan, keep_resident=is_muon)
+    collectives = [ring(padding, grid.dp, grid.stride)]
+    collectives += [all_to_all(wire.moved(k), element_size, places) for k in range(wire.num_transfers)]
+    near, far = (
+        np.array(sent, dtype=np.float64) for sent in plan.team_sent_bytes((places // settings.gpus_per_node).tolist())
+    )
+    stages = sum(map(plan.team_stages, range(len(plan.rounds))))
+    collectives.append(CollectiveBytes(float(near.max(initial=0)), float(far.max(initial=0)), stages))
+    stored, owned = _stored_numel(buffer, grid), np.zeros(grid.size)
+    for item in plan.all_items():
+        rows, cols = plan.shape(item)
+        owned[plan.owner(item)] += rows * cols
+    # As `ShardedMuon.bind` sizes it.
+    scratch = muon.exchange_buffer_mb * 2**20 // SCRATCH_SHARE // 4 if is_muon else buffer.numel
+    on_slices = _MOMENTUM_TRAFFIC + _PACK_TRAFFIC + _WEIGHT_TRAFFIC
     return GroupLoad(
-        tuple(map(float, plan.rank_flops)),
-        tuple(n * element_size + padding for n in plan.sent_numel()),
-        tuple(float(a + b) for a, b in zip(near, far, strict=True)),
-        _sharded_momentum(buffer, grid),
-        buffer,
-        tuple(collectives),
+        flops=np.array(plan.rank_flops, dtype=np.float64),
+        sent_bytes=np.array(plan.sent_numel()) * element_size + padding,
+        team_bytes=near + far,
+        momentum_bytes=stored * MOMENTUM_BYTES,
+        exchange_buffer_bytes=np.array(
+            [wire.buffer_bytes(rank, element_size, scratch) for rank in range(grid.size)], dtype=np.float64
+        ),
+        memory_traffic_bytes=on_slices * stored + _OWNER_TRAFFIC * owned + PARAM_BYTES * buffer.numel,
+        buffer=buffer,
+        collectives=tuple(collectives),
     )
 
 
@@ -183,23 +217,22 @@ def layer_wise(
         flops: Newton-Schulz FLOPs of each parameter; None counts as `matrix_flops` does.
     """
     buffer = layer_wise_buffer([s.local_numel for s in specs], grid.dp, bucket_size)
-    if flops is None:
-        flops = [matrix_flops(s, settings.muon) for s in specs]
-    load, gathered, momentum = [0.0] * grid.dp, [0.0] * grid.dp, [0] * grid.dp
-    for spec, cost, shards in zip(specs, flops, buffer.shards, strict=True):
-        # The layout's promise: a parameter lies in one shard.
-        ((owner, _, _),) = shards
-        load[owner] += cost
-        momentum[owner] += spec.local_numel * MOMENTUM_BYTES
-        gathered[owner] += _tp_gather_numel(spec) * 4
+    # The layout's promise: a parameter lies in one shard.
+    owners = [shards[0][0] for shards in buffer.shards]
+    costs = [matrix_flops(s, settings) for s in specs] if flops is None else flops
+    gathered = 4 * _sums(owners, [_tp_gather_numel(s) for s in specs], grid)
+    stored = _stored_numel(buffer, grid)
     padding = adamw_sent_bytes(buffer.padding_numel, grid, settings)
+    on_owned = _MOMENTUM_TRAFFIC + _WEIGHT_TRAFFIC
     return GroupLoad(
-        _over_tp(load, grid),
-        tuple(n + padding for n in _over_tp(gathered, grid)),
-        (0.0,) * grid.size,
-        _over_tp(momentum, grid),
-        buffer,
-        (ring(max(gathered, default=0.0), grid.tp, 1), ring(padding, grid.dp, group_stride(grid))),
+        flops=_sums(owners, costs, grid),
+        sent_bytes=gathered + padding,
+        team_bytes=np.zeros(grid.size),
+        momentum_bytes=stored * MOMENTUM_BYTES,
+        exchange_buffer_bytes=np.zeros(grid.size),
+        memory_traffic_bytes=on_owned * stored + gathered + PARAM_BYTES * buffer.numel,
+        buffer=buffer,
+        collectives=(ring(float(gathered.max()), grid.tp, 1), ring(padding, grid.dp, grid.stride)),
     )
 
 
@@ -218,20 +251,21 @@ def all_gather(
         bucket_size: As for `distributed_buffer`.
     """
     buffer = distributed_buffer([s.local_numel for s in specs], grid.dp, bucket_size)
-    load, gathered = [0.0] * grid.dp, [0.0] * grid.dp
-    for spec, shards in zip(specs, buffer.shards, strict=True):
-        cost = matrix_flops(spec, settings.muon)
-        for holder, _, _ in shards:
-            load[holder] += cost
-            gathered[holder] += _tp_gather_numel(spec) * 2
+    held = [(rank, spec) for spec, shards in zip(specs, buffer.shards, strict=True) for rank, _, _ in shards]
+    holders = [rank for rank, _ in held]
+    gathered = 2 * _sums(holders, [_tp_gather_numel(spec) for _, spec in held], grid)
     over_dp = 2 * buffer.numel * (grid.dp - 1) / grid.dp + adamw_sent_bytes(buffer.padding_numel, grid, settings)
+    stored = _stored_numel(buffer, grid)
+    on_slices = _MOMENTUM_TRAFFIC + _PACK_TRAFFIC + _WEIGHT_TRAFFIC
     return GroupLoad(
-        _over_tp(load, grid),
-        tuple(n + over_dp for n in _over_tp(gathered, grid)),
-        (0.0,) * grid.size,
-        _sharded_momentum(buffer, grid),
-        buffer,
-        (ring(over_dp, grid.dp, group_stride(grid)), ring(max(gathered, default=0.0), grid.tp, 1)),
+        flops=_sums(holders, [matrix_flops(spec, settings) for _, spec in held], grid),
+        sent_bytes=gathered + over_dp,
+        team_bytes=np.zeros(grid.size),
+        momentum_bytes=stored * MOMENTUM_BYTES,
+        exchange_buffer_bytes=np.zeros(grid.size),
+        memory_traffic_bytes=on_slices * stored + gathered + 2 * PARAM_BYTES * buffer.numel,
+        buffer=buffer,
+        collectives=(ring(over_dp, grid.dp, grid.stride), ring(float(gathered.max()), grid.tp, 1)),
     )
 
 
@@ -240,14 +274,13 @@ def _tp_gather_numel(spec: MatrixSpec) -> int:
     return spec.local_numel * (spec.num_pieces - 1)
 
 
-def _over_tp[T](by_dp_rank: Sequence[T], grid: GroupShape) -> tuple[T, ...]:
-    """The same for all tensor-parallel ranks of each data-parallel rank, in the grid's order."""
-    return tuple(value for value in by_dp_rank for _ in range(grid.tp))
+def _sums(dp_ranks: Sequence[int], values: Sequence[float], grid: GroupShape) -> NDArray[np.float64]:
+    """For each rank of the group, the sum of the values of its data-parallel rank."""
+    by_dp_rank = np.bincount(dp_ranks, weights=np.array(values, dtype=np.float64), minlength=grid.dp)
+    return np.repeat(by_dp_rank, grid.tp)
 
 
-def _sharded_momentum(buffer: Buffer, grid: GroupShape) -> tuple[int, ...]:
-    stored = [0] * grid.dp
-    for shards in buffer.shards:
-        for dp_rank, start, stop in shards:
-            stored[dp_rank] += (stop - start) * MOMENTUM_BYTES
-    return _over_tp(stored, grid)
+def _stored_numel(buffer: Buffer, grid: GroupShape) -> NDArray[np.float64]:
+    """Elements of Muon's parameters that each rank of the group stores."""
+    shards = [shard for parameter in buffer.shards for shard in parameter]
+    return _sums([rank for rank, _, _ in shards], [stop - start for _, start, stop in shards], grid)

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal, get_args
 
+import numpy as np
+from numpy.typing import NDArray
+
 from megatron_muon.config import MuonConfig
 from megatron_muon.estimate.models import Layer, MatrixShape, Model
 from megatron_muon.matrices.fused import FusedQkv, spec_from_split
@@ -118,10 +121,16 @@ class GroupShape:
     def size(self) -> int:
         return self.dp * self.tp
 
-    def stage_rank(self, rank: int, ep_rank: int = 0) -> int:
-        """Where a rank of the grid is among the stage's ranks."""
-        dp_rank, tp_rank = divmod(rank, self.tp)
-        return (dp_rank * self.ep + ep_rank) * self.tp + tp_rank
+    @property
+    def stride(self) -> int:
+        """Distance in global rank between neighbours of the data-parallel group."""
+        return self.tp * self.ep
+
+    def places(self, ep_rank: int = 0) -> NDArray[np.int64]:
+        """Place of each rank of the group among the stage's ranks."""
+        dp_rank, tp_rank = np.divmod(np.arange(self.size), self.tp)
+        places: NDArray[np.int64] = (dp_rank * self.ep + ep_rank) * self.tp + tp_rank
+        return places
 
 
 def grids(layout: Layout) -> tuple[GroupShape, GroupShape]:

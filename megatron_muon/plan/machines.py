@@ -1,12 +1,12 @@
 """Nominal and assumed rates of links and arithmetic: the only home of such numbers. No torch, no ranks.
 
-Predictions are bandwidth alone: no latency, no contention, all GPUs of a node on one NVLink switch, one network adapter
-per GPU, both used at once. They are meant for comparing schemes, and for telling milliseconds from tens of them.
+Predictions assume no contention, all GPUs of a node on one NVLink switch and one network adapter per GPU, both used at
+once. They are meant for comparing schemes, and for telling milliseconds from tens of milliseconds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -15,6 +15,8 @@ LINK_EFFICIENCY = 0.8
 """Assumed share of the nominal bandwidth that collectives of large buffers reach."""
 COMPUTE_EFFICIENCY = 0.6
 """Assumed share of the nominal bf16 rate that Newton-Schulz's products reach."""
+MEMORY_EFFICIENCY = 0.8
+"""Assumed share of the nominal memory bandwidth that element-wise kernels reach."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,9 @@ class GpuModel:
         """Predicted time of a rank's Newton-Schulz products."""
         return 1e3 * flops / (self.bf16_flops_per_s * COMPUTE_EFFICIENCY)
 
-    def exchange_ms(self, collectives: Iterable[CollectiveBytes]) -> float:
-        """Predicted time of collectives that run one after the other."""
-        return sum(
-            1e3
-            * max(c.nvlink_bytes / self.nvlink_bytes_per_s, c.network_bytes / self.network_bytes_per_s)
-            / LINK_EFFICIENCY
-            for c in collectives
-        )
+    def memory_ms(self, traffic_bytes: float) -> float:
+        """Predicted time of element-wise kernels and copies that read and write so many bytes."""
+        return 1e3 * traffic_bytes / (self.memory_bytes_per_s * MEMORY_EFFICIENCY)
 
 
 _NVLINK4 = "NVLink 4: 900 GB/s, half each way; ConnectX-7: 400 Gb/s"
@@ -103,16 +100,3 @@ REACHED: Mapping[str, Reached] = MappingProxyType(
 def gpu_model_named(device_name: str) -> GpuModel | None:
     """The machine whose GPU a driver calls by this name, such as "NVIDIA H100 80GB HBM3"; None if it is not known."""
     return next((machine for machine in GPU_MODELS if machine.name in device_name), None)
-
-
-@dataclass(frozen=True)
-class CollectiveBytes:
-    """A collective, by what its busiest rank moves in the busier direction.
-
-    Attributes:
-        nvlink_bytes: Within the node.
-        network_bytes: To or from other nodes.
-    """
-
-    nvlink_bytes: float
-    network_bytes: float

@@ -104,7 +104,7 @@ def model_traffic(
     for (layers, bucket_size), stages in distinct_stages(model, layout, settings).items():
         for grid, _, plans in stage_plans(stage_kinds(layers, layout, settings), settings, bucket_size):
             for ep_rank, plan in enumerate(plans):
-                places = [grid.stage_rank(rank, ep_rank) for rank in range(grid.size)]
+                places = grid.places(ep_rank).tolist()
                 for stage in stages:
                     for instance in range(layout.instances):
                         first = stage * per_stage + instance * layout.stage_ranks

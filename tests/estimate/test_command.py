@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_muon.cli import main
-from megatron_muon.estimate.estimates import SCHEMES, plan_model
-from megatron_muon.estimate.plan_report import plan_to_json
+from megatron_muon.estimate.estimates import SCHEMES, estimate_model
+from megatron_muon.estimate.report import estimate_to_json
 from megatron_muon.estimate.shapes import load_model
 from megatron_muon.estimate.stages import Layout
+from megatron_muon.plan.links_file import LinkFigures, MeasuredLinks
 from megatron_muon.plan.machines import GPU_MODELS
 
 
@@ -32,19 +35,22 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == first
 
     content = json.loads(first)
-    plan = plan_model(load_model("moonlight-16b"), Layout(dp=16, pp=4, ep=8))
-    assert content == json.loads(json.dumps(plan_to_json(plan), allow_nan=False))
+    plan = estimate_model(load_model("moonlight-16b"), Layout(dp=16, pp=4, ep=8))
+    assert content == json.loads(json.dumps(estimate_to_json(plan), allow_nan=False))
     assert set(content) == {"version", "model", "layout", "settings", "prediction", "notes", "stages"}
     assert content["layout"]["ranks"] == 64 and content["layout"]["expert_dp"] == 2
     assert [stage["stages"] for stage in content["stages"]] == [[0], [1, 2], [3]]
-    milliseconds = {m.name: {"exchange": "float", "newton_schulz": "float"} for m in GPU_MODELS}
+    milliseconds = {m.name: dict.fromkeys(("exchange", "newton_schulz", "memory"), "float") for m in GPU_MODELS}
     range_of = {"mean": "float", "max": "float"}
     scheme = {
         "flops": {"max": "float", "mean": "float", "max_over_ideal": "float", "busiest_over_ideal": "float"},
         "sent_bytes": range_of,
         "team_bytes": range_of,
-        "momentum_bytes": {"mean": "float", "max": "int"},
+        "momentum_bytes": range_of,
+        "exchange_buffer_bytes": range_of,
+        "memory_traffic_bytes": range_of,
         "buffer_bytes": "int",
+        "collectives": "int",
         "padding": {"dense": "float", "expert": "float"},
         "predicted_ms": milliseconds,
     }
@@ -61,11 +67,48 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }
 
 
-def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_tables(width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is cut at any width: no line is longer, no ellipsis, and each cell and note is there as a whole."""
+    monkeypatch.setenv("COLUMNS", str(width))
     assert main(["plan", "llama3-70b", "--dp", "64", "--tp", "8", "--pp", "16"]) == 0
-    out = capsys.readouterr().out
-    for text in ("Stages 1-15, each: 5 layers", "602.7 %", "predicted ms on B200", "Moonlight all-gather", "80%"):
-        assert text in out, text
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width and not any("…" in line or "..." in line for line in lines)
+    words = " ".join(" ".join(lines).split())
+    for text in ("Stages 1-15, each: 5 layers, 35 logical matrices", "603", "Notes - Newton-Schulz: 5 steps."):
+        assert text in words, text
+    for text in ("all-gather", "Newton-Schulz", "conservative defaults, not measured: 300 GB/s", "--links FILE."):
+        assert text in words, text
+    # Each GPU's memory has another bandwidth.
+    memory = {line.split()[1] for line in lines if line.split()[:1] == ["memory"]}
+    assert len(memory) >= 3 and sum(line.startswith("- ") for line in lines) >= 9
+
+
+def test_measured_links(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    links = MeasuredLinks("a test", LinkFigures(1.0, 5.0), LinkFigures(1.0, 5.0), 1.0)
+    path = tmp_path / "links.json"
+    path.write_text(json.dumps(links.to_json()))
+    arguments = ["plan", "llama3-8b", "--dp", "16", "--pp", "4"]
+    assert main([*arguments, "--links", str(path)]) == 0
+    assert "as measured (a test)" in capsys.readouterr().out
+    assert main([*arguments, "--links", str(path), "--json"]) == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["prediction"]["links"] == links.to_json()
+    assert content["prediction"]["planner"]["bytes_per_s"] == 1e9
+    # On such links no team pays.
+    assert content["stages"][0]["schemes"]["megatron_muon"]["team_bytes"]["max"] == 0
+
+
+def test_help_starts_without_torch_and_plans_without_megatron() -> None:
+    """`--help` imports no torch, and a plan no Megatron."""
+    script = (
+        "import sys; from megatron_muon.cli import main\n"
+        "try: main({})\nexcept SystemExit: pass\n"
+        "assert not {{{}}} & set(sys.modules), 'imported'"
+    )
+    for arguments, absent in ((["plan", "--help"], "'torch', 'megatron'"), (["plan", "llama3-8b"], "'megatron'")):
+        done = subprocess.run([sys.executable, "-c", script.format(arguments, absent)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
@@ -86,6 +129,10 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
         (["llama3-8b", "--exchange-dtype", "fp8"], "exchange_dtype: got 'fp8'"),
         (["llama3-8b", "--transformer-impl", "apex"], "transformer impl: got 'apex'"),
         (["llama3-8b", "--ddp-bucket-size", "-1"], "bucket size: got -1"),
+        (
+            ["llama3-8b", "--links", "/nowhere/links.json"],
+            "links.json: got a file that cannot be read",
+        ),
         (["llama3-8b", "--plot", "/nowhere/plan.png"], "cannot write /nowhere/plan.png"),
     ],
 )

@@ -12,15 +12,16 @@ import pytest
 import torch
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.estimate.buffers import default_bucket_size, layer_wise_buffer
+from megatron_muon.estimate.buffers import default_bucket_size
 from megatron_muon.estimate.estimates import (
     MOONLIGHT,
     OURS,
     SCHEMES,
     UPSTREAM,
+    GroupMatrices,
     SchemeEstimate,
+    estimate_model,
     mean,
-    plan_model,
     stage_kinds,
     stage_plans,
 )
@@ -29,13 +30,14 @@ from megatron_muon.estimate.models import BUILT_IN, Model
 from megatron_muon.estimate.schemes import PlanSettings, distributed_muon, layer_wise, matrix_flops, ownership_plan
 from megatron_muon.estimate.shapes import load_model, model_from_shapes
 from megatron_muon.estimate.stages import Layout, grids, split_layers, stage_specs
-from megatron_muon.estimate.table import plan_table, reference_layout
-from megatron_muon.estimate.transfer_times import all_to_all, ring
+from megatron_muon.estimate.transfer_times import all_to_all, exchange_ms, ring
 from megatron_muon.matrices.fused import FusedQkv
 from megatron_muon.newton_schulz import newton_schulz_flops
 from megatron_muon.plan.build import CostModel
+from megatron_muon.plan.links_file import LinkFigures, MeasuredLinks
 from megatron_muon.plan.machines import GPU_MODELS, LINK_EFFICIENCY
 from megatron_muon.plan.ownership import Transfers
+from megatron_muon.plan.wire import Wire
 from tests.distributed import run_ranks
 from tests.models import Layout as RunLayout
 
@@ -158,8 +160,8 @@ RUNS: list[tuple[str, dict[str, Any], dict[str, int], dict[str, Any]]] = [
 ]
 
 
-def plans_of_real_runs(rank: int, world_size: int) -> tuple[list[list[tuple[str, tuple[int, ...]]]], list[int]]:
-    """(fingerprint and load of this rank's plans, experts' last) for each of RUNS, and Megatron's bucket sizes."""
+def plans_of_real_runs(rank: int, world_size: int) -> tuple[list[list[tuple[str, tuple[int, ...], int]]], list[int]]:
+    """(fingerprint, load, buffers of this rank) of plans, experts' last, for each of RUNS; Megatron's bucket sizes."""
     from types import SimpleNamespace
 
     import torch
@@ -179,13 +181,13 @@ def plans_of_real_runs(rank: int, world_size: int) -> tuple[list[list[tuple[str,
         chunks = make_chunks(model, layout, torch.bfloat16)
         tag_parameters(chunks, muon)
         optimizer = get_megatron_optimizer(optimizer_config(layout, torch.bfloat16), wrap(chunks, layout), muon=muon)
-        plans = [
-            part.optimizer.exchange.plan
+        exchanges = [
+            part.optimizer.exchange
             for part in optimizer.chained_optimizers
             if isinstance(part, MuonDistributedOptimizer)
         ]
         # A stage without experts has an empty plan for them where another stage has some.
-        found.append([(plan.fingerprint, plan.rank_flops) for plan in plans if plan.matrices])
+        found.append([(e.plan.fingerprint, e.plan.rank_flops, e.buffer_bytes) for e in exchanges if e.plan.matrices])
         parallel_state.destroy_model_parallel()
     training.get_pg_size = lambda group: group
     unset = SimpleNamespace(num_buckets=None, bucket_size=None)
@@ -193,7 +195,7 @@ def plans_of_real_runs(rank: int, world_size: int) -> tuple[list[list[tuple[str,
 
 
 def test_plans_are_the_plugins() -> None:
-    """Names, order, shapes, parts, slices, owners and experts' load: the fingerprints of real optimizers' plans."""
+    """Names, order, shapes, slices, owners, load and bytes of buffers: the fingerprints of real optimizers' plans."""
     results = run_ranks(plans_of_real_runs, 4)
     for index, (_, config, sizes, ddp) in enumerate(RUNS):
         layout = Layout(**sizes)
@@ -215,9 +217,12 @@ def test_plans_are_the_plugins() -> None:
             for rank in range(stage * ranks_per_stage, (stage + 1) * ranks_per_stage):
                 place = rank - stage * ranks_per_stage
                 mine = []
-                for grid, _, own in plans:
-                    plan = own[place // grid.tp % grid.ep]
-                    mine.append((plan.fingerprint, plan.rank_flops))
+                for grid, buffer, own in plans:
+                    ep_rank = place // grid.tp % grid.ep
+                    plan = own[ep_rank]
+                    load = distributed_muon(buffer, plan, grid, settings, ep_rank)
+                    at = grid.places(ep_rank).tolist().index(place % layout.stage_ranks)
+                    mine.append((plan.fingerprint, plan.rank_flops, int(load.exchange_buffer_bytes[at])))
                 assert results[rank][0][index] == mine, (config["model_type"], sizes, rank)
     assert results[0][1] == [default_bucket_size(dp) for dp in (1, 40, 41, 512)]
 
@@ -246,15 +251,18 @@ def test_loads_and_bytes_are_the_plans(settings: PlanSettings) -> None:
     assert len(plans) == 1 + 4
     for grid, buffer, ep_rank, plan in plans:
         load = distributed_muon(buffer, plan, grid, settings, ep_rank)
-        assert load.flops == plan.rank_flops
+        assert load.flops.tolist() == list(plan.rank_flops)
         padding = 6 * buffer.padding_numel * (grid.dp - 1) / grid.dp
-        assert load.sent_bytes == tuple(n * element_size + padding for n in plan.sent_numel())
-        assert load.team_bytes == tuple(near + far for near, far in zip(*plan.team_sent_bytes(), strict=True))
+        assert load.sent_bytes.tolist() == [n * element_size + padding for n in plan.sent_numel()]
+        assert load.team_bytes.tolist() == [near + far for near, far in zip(*plan.team_sent_bytes(), strict=True)]
+        assert sum(c.issued for c in load.collectives) == Wire(plan).num_collectives + (padding > 0 and grid.dp > 1) + (
+            sum(map(plan.team_stages, range(len(plan.rounds))))
+        )
     # The planner's own count, seen where one rank has everything.
     alone = Layout(tp=1)
     ((specs, grid),) = stage_kinds(model.layers[:2], alone, settings)
-    ((_, _, (plan,)),) = stage_plans([(specs, grid)], settings, None)
-    assert sum(matrix_flops(s, settings.muon) for s in specs) == sum(plan.rank_flops)
+    ((_, _, (plan,)),) = stage_plans([GroupMatrices(specs, grid)], settings, None)
+    assert sum(matrix_flops(s, settings) for s in specs) == sum(plan.rank_flops)
 
 
 # Numbers
@@ -267,7 +275,7 @@ def test_tiny_model_by_hand() -> None:
     the other 1280 of a. Rank 1 holds most of a and owns it, rank 0 owns b: 768 elements go to rank 1 and come back.
     Upstream puts a on one rank and b on the other, and pads b's shard to a's size.
     """
-    plan = plan_model(model_from_shapes("tiny", TINY, "test"), Layout(dp=2))
+    plan = estimate_model(model_from_shapes("tiny", TINY, "test"), Layout(dp=2))
     assert plan.model.numel == 2048 + 512 + 100
     (stage,) = plan.stages
     cost_a, cost_b = cost_of(64, 32), cost_of(32, 16)
@@ -281,8 +289,14 @@ def test_tiny_model_by_hand() -> None:
     assert ours.momentum_bytes == (1280 * 4, 1280 * 4)
     assert (ours.buffer_bytes, ours.padding) == (2560 * 6, (0.0, None))
     # There and back on one node's NVLink.
-    h100 = GPU_MODELS[0]
-    assert h100.exchange_ms(ours.collectives) == pytest.approx(2 * 1e3 * 1536 / (450e9 * LINK_EFFICIENCY))
+    h100, rates = GPU_MODELS[0], CostModel()
+    seconds = 1536 / (450e9 * LINK_EFFICIENCY) + rates.node_latency_s
+    assert exchange_ms(h100, ours.collectives, rates) == pytest.approx(2 * 1e3 * seconds)
+    links = MeasuredLinks("", LinkFigures(100.0, 7.0), None, None)
+    measured = exchange_ms(h100, ours.collectives, CostModel.for_device("cuda", links), links)
+    assert measured == pytest.approx(2 * 1e3 * (1536 / 100e9 + 7e-6))
+    # Momentum, packing and weights of what a rank stores, what it owns, and the bf16 parameters that it gathers.
+    assert ours.memory_traffic_bytes == (46 * 1280 + 8 * 512 + 2 * 2560, 46 * 1280 + 8 * 2048 + 2 * 2560)
 
     upstream = estimate(plan, UPSTREAM)
     assert upstream.flops == (cost_a, cost_b)
@@ -305,7 +319,7 @@ def test_dense_matrices_go_where_experts_left_room() -> None:
     expert = {"name": "mlp.experts.linear_fc1", "shape": [64, 64], "experts": 2}
     dense = [{"name": name, "shape": [64, 32]} for name in ("a", "b")]
     shapes = {"layers": [{"matrices": [*dense, expert]}]}
-    plan = plan_model(model_from_shapes("tiny", shapes, "test"), Layout(dp=4, ep=2))
+    plan = estimate_model(model_from_shapes("tiny", shapes, "test"), Layout(dp=4, ep=2))
     cost, expert_cost = cost_of(64, 32), cost_of(64, 64)
     assert estimate(plan, OURS).flops == (expert_cost, expert_cost, cost, cost)
     # Upstream packs by size, each kind on its own: its ranks 0 and 1 have both.
@@ -315,7 +329,7 @@ def test_dense_matrices_go_where_experts_left_room() -> None:
 def test_tensor_parallel_gathers_by_hand() -> None:
     """One 64 x 32 matrix in two row pieces on tp 2, dp 1: nothing to reduce, two pieces of 1024 to bring together."""
     shapes = {"layers": [{"matrices": [{"name": "a", "shape": [64, 32], "split": "rows"}]}]}
-    plan = plan_model(model_from_shapes("tiny", shapes, "test"), Layout(tp=2))
+    plan = estimate_model(model_from_shapes("tiny", shapes, "test"), Layout(tp=2))
     cost = cost_of(64, 32)
     assert plan.stages[0].adamw_bytes == 0
     # The owner gets 1024 elements and sends as many back.
@@ -339,7 +353,7 @@ def test_tensor_parallel_gathers_by_hand() -> None:
 )
 def test_upstreams_padding(model: str, sizes: dict[str, int], stage: int, percent: int) -> None:
     """Dense padding of a middle stage, measured once with upstream's layout function on real parameters."""
-    plan = plan_model(load_model(model), Layout(**sizes))
+    plan = estimate_model(load_model(model), Layout(**sizes))
     padding = estimate(plan, UPSTREAM, stage).padding[0]
     assert padding is not None
     assert 100 * padding == pytest.approx(percent, abs=0.6)
@@ -379,8 +393,8 @@ def test_upstreams_slowest_rank(
 )
 def test_teams_even_out_large_grids(model: str, sizes: dict[str, int]) -> None:
     """Few matrices for many ranks: shared by the ranks of nodes, so that the slowest does little more than its part."""
-    plan = plan_model(load_model(model), Layout(**sizes))
-    alone = plan_model(load_model(model), Layout(**sizes), PlanSettings(muon=MuonConfig(max_team_size=1)))
+    plan = estimate_model(load_model(model), Layout(**sizes))
+    alone = estimate_model(load_model(model), Layout(**sizes), PlanSettings(muon=MuonConfig(max_team_size=1)))
     assert max(estimate(plan, OURS).team_bytes) > 0 == max(estimate(alone, OURS).team_bytes)
     together, apart = ([stage.imbalance(OURS) or math.inf for stage in p.stages] for p in (plan, alone))
     # Of the slowest stage: where experts can level out whole dense matrices, teams gain nothing.
@@ -396,12 +410,14 @@ def test_the_kind_with_the_larger_matrices_is_planned_first() -> None:
     assert dense == ownership_plan(kinds[0][0], kinds[0][1], settings, None)[1]
     assert len(experts) == 8 and len({plan.fingerprint for plan in experts}) > 1
     for ep_rank, plan in enumerate(experts):
-        initial = [float(dense.loads[grid.stage_rank(rank, ep_rank)]) for rank in range(grid.size)]
+        initial = [float(dense.loads[grid.places(ep_rank)[rank]]) for rank in range(grid.size)]
         assert plan == ownership_plan(*kinds[1], settings, None, initial, ep_rank)[1]
         assert [plan.loads[r] - initial[r] for r in range(grid.size)] == list(plan.rank_flops)
     # Mixtral's experts are larger than its attention's matrices.
     small, large = kinds[1][0], kinds[0][0]
-    (_, _, first), (_, _, second) = stage_plans([(small, kinds[0][1]), (large, kinds[1][1])], settings, None)
+    (_, _, first), (_, _, second) = stage_plans(
+        [GroupMatrices(small, kinds[0][1]), GroupMatrices(large, kinds[1][1])], settings, None
+    )
     assert len({plan.fingerprint for plan in second}) == 1 and len(first) == 1
 
 
@@ -411,7 +427,7 @@ def test_the_kind_with_the_larger_matrices_is_planned_first() -> None:
 def test_balanced_by_flops_alone(model: str, sizes: dict[str, int]) -> None:
     """At least four matrices a rank: level within 5 %, at the price of messages, which the default counts."""
     by_flops = PlanSettings(muon=MuonConfig(balance="flops"))
-    level, fast = (plan_model(load_model(model), Layout(**sizes), s) for s in (by_flops, PlanSettings()))
+    level, fast = (estimate_model(load_model(model), Layout(**sizes), s) for s in (by_flops, PlanSettings()))
     for stage in level.stages:
         assert stage.num_logical_matrices >= 4 * sizes["dp"]
         imbalance = stage.imbalance(OURS)
@@ -428,7 +444,7 @@ def test_the_first_kinds_teams_are_as_large_as_levels_the_sum(layers: slice, bes
     busiest = {}
     for limit in (settings.muon.max_team_size, 8, 1):
         _, first = ownership_plan(*kinds[0], settings, None, max_team_size=limit)
-        initial = [[float(first.loads[kinds[1][1].stage_rank(r, e)]) for r in range(32)] for e in range(8)]
+        initial = [[float(first.loads[kinds[1][1].places(e)[r]]) for r in range(32)] for e in range(8)]
         experts = [ownership_plan(*kinds[1], settings, None, initial[e], e)[1] for e in range(8)]
         busiest[limit] = max(max(plan.loads) for plan in experts)
     assert min(busiest, key=lambda limit: busiest[limit]) == best
@@ -446,7 +462,7 @@ def test_the_first_kinds_teams_are_as_large_as_levels_the_sum(layers: slice, bes
 )
 def test_what_holds_for_every_layout(model: str, sizes: dict[str, int]) -> None:
     layout = Layout(**sizes)
-    plan = plan_model(load_model(model), layout)
+    plan = estimate_model(load_model(model), layout)
     assert sorted(i for s in plan.stages for i in s.stages) == list(range(layout.pp))
     dense_grid, expert_grid = grids(layout)
     for stage in plan.stages:
@@ -473,7 +489,7 @@ def test_what_holds_for_every_layout(model: str, sizes: dict[str, int]) -> None:
 def test_optimizer_instances() -> None:
     """Two instances over dp 16 are two times dp 8, which upstream's optimizer refuses."""
     model, sizes = load_model("moonlight-16b"), dict(pp=4, ep=8)
-    two, one = plan_model(model, Layout(dp=16, instances=2, **sizes)), plan_model(model, Layout(dp=8, **sizes))
+    two, one = estimate_model(model, Layout(dp=16, instances=2, **sizes)), estimate_model(model, Layout(dp=8, **sizes))
     for scheme in (OURS, MOONLIGHT):
         assert estimate(two, scheme, 1) == estimate(one, scheme, 1)
     assert two.stages[1].schemes[UPSTREAM] is None
@@ -483,41 +499,21 @@ def test_optimizer_instances() -> None:
 def test_links() -> None:
     # Ranks 0..15, two nodes. Rank 1 receives most within a node, 3 + 4, and rank 8 most from the other node, 5 + 6.
     sources, destinations, numels = map(np.array, zip((0, 0, 9), (0, 1, 3), (2, 1, 4), (0, 8, 5), (3, 8, 6)))
-    collective = all_to_all(Transfers(sources, destinations, numels), 2, range(16))
+    collective = all_to_all(Transfers(sources, destinations, numels), 2, np.arange(16))
     assert (collective.nvlink_bytes, collective.network_bytes) == (2 * 7, 2 * 11)
     # The other way round ranks 1 and 8 send as much.
-    assert all_to_all(Transfers(destinations, sources, numels), 2, range(16)) == collective
+    assert all_to_all(Transfers(destinations, sources, numels), 2, np.arange(16)) == collective
     nothing = np.zeros(0, dtype=np.int64)
-    assert all_to_all(Transfers(nothing, nothing, nothing), 2, range(16)) == type(collective)(0.0, 0.0)
+    assert all_to_all(Transfers(nothing, nothing, nothing), 2, np.arange(16)) == type(collective)(0.0, 0.0)
     # Eight rings leave a node through eight adapters; a group with one rank per node has one.
     assert ring(800.0, 16, 1).network_bytes == 100.0
     assert ring(800.0, 16, 8) == type(collective)(0.0, 800.0)
     assert ring(800.0, 4, 2) == type(collective)(800.0, 0.0)
-
-
-def test_layer_wise_layout_is_dropped_without_data_parallelism() -> None:
-    assert layer_wise_buffer([100, 64], 1, None).padding_numel < 128
-
-
-def test_plan_table() -> None:
-    rows = plan_table(["moonlight-16b", "llama3-405b"], [8, 128])
-    assert [(row["model"], row["ranks"], row["dp"]) for row in rows] == [
-        ("moonlight-16b", 8, 8),
-        ("moonlight-16b", 128, 32),
-        ("llama3-405b", 128, 1),
-    ]
-    row = rows[1]
-    plan = plan_model(load_model("moonlight-16b"), Layout(dp=32, pp=4, ep=8, etp=1))
-    worst = max(stage.imbalance(OURS) or 0.0 for stage in plan.stages)
-    assert row[OURS]["max_over_ideal"] == worst < row[UPSTREAM]["max_over_ideal"]
-    assert row[OURS]["padding"] < 1e-3 < row[UPSTREAM]["padding"]
-    # Without data parallelism AdamW sends nothing to compare with.
-    assert rows[2][OURS]["sent_over_adamw_mean"] is None
-    assert reference_layout("llama3-405b", 8) is None
+    assert ring(800.0, 1, 2).issued == all_to_all(Transfers(nothing, nothing, nothing), 2, np.arange(16)).issued == 0
 
 
 def test_a_stage_without_matrices() -> None:
     shapes = {"layers": [{"matrices": [{"name": "mlp.router", "shape": [4, 8], "router": True}]}]}
     model: Model = model_from_shapes("routers", shapes, "test")
     with pytest.raises(ValueError, match="no matrix for Muon"):
-        plan_model(model, Layout(), PlanSettings(muon=MuonConfig(router="adam")))
+        estimate_model(model, Layout(), PlanSettings(muon=MuonConfig(router="adam")))
