@@ -6,6 +6,7 @@ text has one home. The table of flags is made from `MuonConfig`, so that it cann
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import fields
 from html.parser import HTMLParser
@@ -21,6 +22,16 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 FLAGS_MARK = "<!-- flags -->"
 PRESETS_MARK = "<!-- presets -->"
+PLANS_MARK = "<!-- plans -->"
+
+# Rows of benchmarks/results/plans.json that the page of layouts shows: name, model, (dp, tp, pp, ep).
+PLANS = (
+    ("Moonlight 16B", "moonlight-16b", (64, 1, 4, 8)),
+    ("Kimi K2", "kimi-k2", (64, 1, 16, 16)),
+    ("Qwen3 8B", "qwen3-8b", (128, 1, 1, 1)),
+    ("Llama 3 70B", "llama3-70b", (8, 8, 16, 1)),
+    ("Llama 3 405B", "llama3-405b", (16, 8, 16, 1)),
+)
 
 
 def generated_pages() -> dict[str, Path]:
@@ -43,6 +54,8 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         markdown = markdown.replace("](docs/", "](")
     if FLAGS_MARK in markdown:
         markdown = markdown.replace(FLAGS_MARK, flag_tables()).replace(PRESETS_MARK, preset_table())
+    if PLANS_MARK in markdown:
+        markdown = markdown.replace(PLANS_MARK, plan_table())
     return markdown
 
 
@@ -85,6 +98,31 @@ def _flag_row(setting: Any, hint: Any) -> str:
         if setting.default == "":
             cells[2] = "empty"
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def plan_table() -> str:
+    """Usual layouts, from the measurements' own file."""
+    rows = json.loads((RESULTS / "plans.json").read_text(encoding="utf-8"))["rows"]
+    by_layout = {(row["model"], row["dp"], row["tp"], row["pp"], row["ep"]): row for row in rows}
+    out = [
+        "| model, ranks (dp tp pp ep) | NS max/ideal: time | `--muon-balance flops` | Megatron-Core 0.19's "
+        "| padding % | Megatron's padding % | sent %, mean / max |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, model, layout in PLANS:
+        row = by_layout[model, *layout]
+        ours, upstream = row["megatron_muon"], row["megatron_layer_wise"]
+        cells = [
+            f"{name}, {row['ranks']} ({' '.join(map(str, layout))})",
+            f"{ours['max_over_ideal']:.2f}",
+            f"{row['flops_max_over_ideal']:.2f}",
+            f"{upstream['max_over_ideal']:.2f}",
+            f"{100 * ours['padding']:.0f}",
+            f"{100 * upstream['padding']:.0f}",
+            f"{100 * ours['sent_over_adamw_mean']:.1f} / {100 * ours['sent_over_adamw_max']:.1f}",
+        ]
+        out.append(f"| {' | '.join(cells)} |")
+    return "\n".join(out)
 
 
 def preset_table() -> str:

@@ -183,37 +183,13 @@ def test_readme_has_the_measured_steps() -> None:
             assert case in measured, row
 
 
-def test_layouts_has_the_computed_plans() -> None:
-    computed = {(row["model"], row["dp"], row["tp"], row["pp"], row["ep"]): row for row in results("plans")}
-    rows = rows_of(DOCS / "layouts.md", "NS max/ideal")
-    assert len(rows) >= 5
-    for name, *cells in rows:
-        model, layout = re.fullmatch(r"(.*), \d+ \((.*)\)", name).groups()  # type: ignore[union-attr]
-        row = next(
-            row
-            for key, row in computed.items()
-            if key[0].endswith(model.lower().replace(" ", "-").replace("llama-", "llama"))
-            and key[1:] == tuple(map(int, layout.split()))
-        )
-        ours, upstream = row["megatron_muon"], row["megatron_layer_wise"]
-        assert cells == [
-            f"{ours['max_over_ideal']:.2f}",
-            f"{row['flops_max_over_ideal']:.2f}",
-            f"{upstream['max_over_ideal']:.2f}",
-            f"{100 * ours['padding']:.0f}",
-            f"{100 * upstream['padding']:.0f}",
-            f"{100 * ours['sent_over_adamw_mean']:.1f} / {100 * ours['sent_over_adamw_max']:.1f}",
-        ], name
-
-
-def test_a_plan_in_layouts_is_what_the_command_says(capsys: pytest.CaptureFixture[str]) -> None:
-    (row,) = (row for row in rows_of(DOCS / "layouts.md", "NS max/ideal") if row[0].startswith("Qwen3 8B, 128"))
+def test_a_computed_plan_is_what_the_command_says(capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = (row for row in results("plans") if (row["model"], row["dp"]) == ("qwen3-8b", 128))
     assert cli.main(["plan", "qwen3-8b", "--dp", "128", "--json"]) == 0
     (stage,) = json.loads(capsys.readouterr().out)["stages"]
-    ours, upstream = (stage["schemes"][name] for name in ("megatron_muon", "megatron_layer_wise"))
-    sent, adamw = ours["sent_bytes"], stage["adamw"]["sent_bytes"]
-    assert [row[1], row[3], row[6]] == [
-        f"{ours['flops']['max_over_ideal']:.2f}",
-        f"{upstream['flops']['max_over_ideal']:.2f}",
-        f"{100 * sent['mean'] / adamw:.1f} / {100 * sent['max'] / adamw:.1f}",
-    ]
+    adamw = stage["adamw"]["sent_bytes"]
+    for name in ("megatron_muon", "megatron_layer_wise"):
+        scheme, expected = stage["schemes"][name], row[name]
+        assert scheme["flops"]["max_over_ideal"] == pytest.approx(expected["max_over_ideal"], rel=1e-3)
+        assert scheme["sent_bytes"]["mean"] / adamw == pytest.approx(expected["sent_over_adamw_mean"], rel=1e-3)
+        assert scheme["sent_bytes"]["max"] / adamw == pytest.approx(expected["sent_over_adamw_max"], rel=1e-3)
