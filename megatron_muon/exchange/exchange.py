@@ -7,18 +7,20 @@ calls, for each round, what `ShardedMuon` describes, on every rank of the group 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, islice
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatron_muon.exchange.copies import Copies, paired
+from megatron_muon.exchange.lines import Lines
 from megatron_muon.exchange.lockstep import Scratch, Talk, run_lockstep
-from megatron_muon.exchange.phases import LABELS, Flight, Watch
+from megatron_muon.exchange.phases import LABELS, Flight, Watch, label
 from megatron_muon.matrices.shares import Strip, collected_strips, stored_strips
 from megatron_muon.plan.ownership import Item, OwnershipPlan, Segment
 from megatron_muon.plan.wire import Wire
@@ -73,6 +75,8 @@ class _Round:
 
 _NOTHING = _Round()
 
+_Lane = list[list[tuple[Segment, bool]]]
+
 
 @dataclass(frozen=True)
 class _Transfer:
@@ -106,8 +110,11 @@ class Exchange:
         device: Of the buffers.
         scratch_numel: Elements of fp32 scratch for directions and updates; a larger slice makes it as large as itself.
         keep_resident: False sends resident slices over the wire too.
+        carry_lines: Whether numbers for the lines of matrices ride with the directions; then `lines` is not None.
         stats: Counters of this rank.
         watch: Sees the phases.
+        team_group: A group of the same ranks for the messages of teams, so that these do not wait behind transfers on
+            one communicator; None takes `group`.
 
     Raises:
         RuntimeError: On construction, if the group's size is not the plan's.
@@ -119,8 +126,10 @@ class Exchange:
     device: torch.device
     scratch_numel: int = 2**24
     keep_resident: bool = True
+    carry_lines: bool = False
     stats: ExchangeStats = field(default_factory=ExchangeStats)
     watch: Watch = LABELS
+    team_group: dist.ProcessGroup | None = None
 
     def __post_init__(self) -> None:
         self.rank = dist.get_rank(self.group) if dist.is_initialized() else 0
@@ -135,13 +144,21 @@ class Exchange:
             if s.rank == self.rank
         }
         self._in_flight: dict[int, dist.Work] = {}
-        self._stages = [self.plan.team_stages(r) for r in range(self.num_rounds)]
+        # With lines, the members of a team combine sums over them once more.
+        stages = [self.plan.team_stages(r) for r in range(self.num_rounds)]
+        self._stages = [count + (count > 0 and self.carry_lines) for count in stages]
         self._team_scratch = Scratch(self.device)
+        self._team_group = self.team_group if self.team_group is not None else self.group
         self._prepare()
 
     @property
     def num_rounds(self) -> int:
         return len(self.plan.rounds)
+
+    @property
+    def lines(self) -> Lines | None:
+        """The numbers for lines, which a step puts on the wire and takes off it beside the batches."""
+        return self._lines
 
     @property
     def buffer_bytes(self) -> int:
@@ -199,9 +216,23 @@ class Exchange:
         if computed.pack:
             with self.watch.phase("pack", transfer - 1):
                 computed.pack.run()
+                if self._lines is not None:
+                    self._lines.send(transfer - 1, self._send)
         if arrived.unpack:
             with self.watch.phase("unpack", transfer):
                 arrived.unpack.run()
+                if self._lines is not None:
+                    self._lines.receive(transfer, self._receive)
+
+    def pack_lines(self, round_index: int, states: Mapping[int, Tensor]) -> None:
+        """Puts numbers for the lines of travelling slices on the wire (parameter index -> 1-D float32)."""
+        if self._lines is not None and 0 <= round_index < self.num_rounds:
+            self._lines.pack(round_index, self._send, states)
+
+    def unpack_lines(self, round_index: int, states: Mapping[int, Tensor]) -> None:
+        """Writes the numbers for the lines of travelling slices that have come back into `states`."""
+        if self._lines is not None and 0 <= round_index < self.num_rounds:
+            self._lines.unpack(round_index, self._receive, states)
 
     def parts(self, round_index: int) -> dict[Item, Tensor]:
         """What this rank owns in a round: item -> (rows, cols) as `OwnershipPlan.shape` says, in the wire's dtype.
@@ -214,29 +245,39 @@ class Exchange:
         """The logical matrices in `parts` that this rank does alone: views (count, rows, cols) of any strides."""
         return self._round(round_index).stacks
 
-    def run_teams(self, round_index: int, talks: Mapping[Item, Talk]) -> dict[Item, Tensor]:
-        """Lets the owners of bands of the same matrix talk until all of a round's teams have finished.
+    def run_teams(
+        self, round_index: int, talks: Mapping[Item, Talk], meanwhile: Sequence[Callable[[], None]] = ()
+    ) -> None:
+        """Lets the members of a round's teams exchange their messages, and hides these behind other work.
 
         Args:
             round_index: The round.
             talks: For each item of a team that this rank owns in the round, its part in it.
+            meanwhile: Work that does not depend on the teams, in pieces that are spread over the stages. All of it is
+                done when this returns.
 
-        Returns:
-            What the talks returned. Collective: every rank of the group must call this, also one that is in no team.
+        Collective: every rank of the group must call this, also one that is in no team.
         """
-        if not self._stages[round_index] and not talks:
-            return {}
+        pieces = iter(meanwhile)
+        count = self._stages[round_index]
         items = sorted(talks)
-        with self.watch.phase("teams", round_index):
-            results = run_lockstep(
-                [talks[item] for item in items],
-                [self.plan.owners[item.matrix][item.part] for item in items],
-                self._stages[round_index],
-                self.plan.world_size,
-                self._all_to_all_bytes,
-                self._team_scratch,
-            )
-        return dict(zip(items, results, strict=True))
+        teams = [self.plan.owners[item.matrix][item.part] for item in items]
+        start = partial(self._start_stage, round_index)
+        stages = run_lockstep(
+            [talks[item] for item in items], teams, count, self.plan.world_size, start, self._team_scratch
+        )
+        for stage in range(count):
+            with self.watch.phase("teams", round_index):
+                next(stages)
+            share = len(meanwhile) * (stage + 1) // count - len(meanwhile) * stage // count
+            with self.watch.phase("newton_schulz", round_index):
+                for piece in islice(pieces, share):
+                    piece()
+        with self.watch.phase("teams" if count else "newton_schulz", round_index):
+            for piece in pieces:
+                piece()
+            for _ in stages:
+                raise AssertionError("a round has more stages than its plan says")
 
     def collect(self, round_index: int, slices: Mapping[int, Tensor]) -> dict[Item, Tensor]:
         """Gathers tensors other than directions, such as weights, to the owners of a round's matrices.
@@ -264,13 +305,13 @@ class Exchange:
     def _round(self, round_index: int) -> _Round:
         return self._rounds[round_index] if 0 <= round_index < self.num_rounds else _NOTHING
 
-    def _all_to_all_bytes(self, receive: Tensor, send: Tensor, received: list[int], sent: list[int]) -> None:
-        work = dist.all_to_all_single(receive, send, received, sent, group=self.group, async_op=True)
+    def _start_stage(
+        self, round_index: int, receive: Tensor, send: Tensor, received: list[int], sent: list[int]
+    ) -> dist.Work | None:
         self.stats.team_collectives += 1
         self.stats.team_bytes_sent += sum(sent) - sent[self.rank]
-        # A rank that gets nothing does not wait: transfers that are still under way may precede this one.
-        if work is not None and any(received):
-            work.wait()
+        with record_function(label("team_stage", round_index)):
+            return dist.all_to_all_single(receive, send, received, sent, group=self._team_group, async_op=True)
 
     # Preparation.
 
@@ -284,7 +325,16 @@ class Exchange:
         rounds = range(self.num_rounds)
         batches = [self.wire.batches(r, self.rank, numel, self.scratch_numel) for r in rounds]
         places = [self.wire.placed_items(r, self.rank) for r in rounds]
-        send_numel, receive_numel = self.wire.buffer_numel[self.rank]
+        travelling = frozenset(index for index, rank in self.wire.travelling if rank == self.rank)
+        placed = [items for items, _ in places]
+        self._lines = (
+            Lines(self.plan, self.rank, self.dtype, self.device, placed, travelling) if self.carry_lines else None
+        )
+        lanes = [self._lanes(k) for k in range(self.wire.num_transfers)]
+        send_numel, receive_numel = (
+            max((sum(self._wire_numel(s) for peer in lane[side] for s, _ in peer) for lane in lanes), default=0)
+            for side in range(2)
+        )
         self._send, self._receive = empty(send_numel, self.dtype), empty(receive_numel, self.dtype)
         self._collected = empty(max((total for _, total in places), default=0), self.dtype)
         scratch_numel = max((sum(numel[i] for i in batch) for r in rounds for batch in batches[r]), default=0)
@@ -292,7 +342,13 @@ class Exchange:
         self._rounds = [
             self._prepared_round(r, [self._batch(batch, numel) for batch in batches[r]], places[r][0]) for r in rounds
         ]
-        self._transfers = [self._transfer(k) for k in range(self.wire.num_transfers)]
+        self._transfers = [self._transfer(k, *lane) for k, lane in enumerate(lanes)]
+        if self._lines is not None:
+            self._lines.prepare()
+
+    def _wire_numel(self, segment: Segment) -> int:
+        """Elements of a segment on the wire, its lines' numbers included."""
+        return segment.numel + (self._lines.wire_numel(segment) if self._lines is not None else 0)
 
     def _batch(self, indices: Sequence[int], numel: Mapping[int, int]) -> SliceBatch:
         starts = accumulate((numel[i] for i in indices), initial=0)
@@ -354,12 +410,13 @@ class Exchange:
                 yield row.view(row.shape[0], -1, tile[1]).transpose(0, 1)
         yield from merged()
 
-    def _transfer(self, transfer: int) -> _Transfer:
-        """The splits of a transfer; adds its copies to the rounds that it gathers and scatters."""
-        ranks = range(self.plan.world_size)
-        # By peer, gathered before scattered elements, each in the order of the lane: the same on both sides.
-        outgoing: list[list[tuple[Segment, bool]]] = [[] for _ in ranks]
-        incoming: list[list[tuple[Segment, bool]]] = [[] for _ in ranks]
+    def _lanes(self, transfer: int) -> tuple[_Lane, _Lane]:
+        """(what this rank sends, what it receives) in a transfer, by peer: (segment, whether it is scattered).
+
+        Gathered before scattered segments, each in the order of the plan: the same on both sides.
+        """
+        outgoing: _Lane = [[] for _ in range(self.plan.world_size)]
+        incoming: _Lane = [[] for _ in range(self.plan.world_size)]
         for scatter in (False, True):
             for owner, segment in self.wire.lane(transfer, scatter=scatter):
                 source, destination = (owner, segment.rank) if scatter else (segment.rank, owner)
@@ -367,13 +424,26 @@ class Exchange:
                     outgoing[destination].append((segment, scatter))
                 if destination == self.rank:
                     incoming[source].append((segment, scatter))
+        return outgoing, incoming
+
+    def _transfer(self, transfer: int, outgoing: _Lane, incoming: _Lane) -> _Transfer:
+        """The splits of a transfer; adds its copies to the rounds that it gathers and scatters."""
         for buffer, by_peer, is_sent in ((self._send, outgoing, True), (self._receive, incoming, False)):
             at = 0
             for segment, scatter in (entry for entries in by_peer for entry in entries):
                 self._add_travelling(segment, scatter, is_sent, buffer[at : at + segment.numel], transfer)
-                at += segment.numel
+                if self._lines is not None:
+                    self._lines.add_travelling(
+                        segment,
+                        transfer - 2 if scatter else transfer,
+                        at + segment.numel,
+                        is_stored=scatter != is_sent,
+                        is_sent=is_sent,
+                    )
+                at += self._wire_numel(segment)
         send_splits, receive_splits = (
-            [sum(segment.numel for segment, _ in entries) for entries in by_peer] for by_peer in (outgoing, incoming)
+            [sum(self._wire_numel(segment) for segment, _ in entries) for entries in by_peer]
+            for by_peer in (outgoing, incoming)
         )
         carries = [bool(self.wire.lane(transfer, scatter=scatter)) for scatter in (False, True)]
         return _Transfer(

@@ -14,7 +14,9 @@ the node is large.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -25,7 +27,6 @@ from megatron_muon.newton_schulz import (
     MARGIN,
     Scaling,
     Schedule,
-    accumulation_dtype,
     check_schedule,
     coefficients,
     power_of_two_and_norm,
@@ -33,6 +34,9 @@ from megatron_muon.newton_schulz import (
     scaling_for,
 )
 from megatron_muon.plan.seats import Seat
+from megatron_muon.rule.adaptive import advance_line_moments, line_factors
+
+Rows = tuple[int, int]
 
 
 def orthogonalize_band(
@@ -88,15 +92,14 @@ def _talk(x: Tensor, seat: Seat, schedule: Schedule, divided: bool, dtype: torch
     return y
 
 
-def _normalized(x: Tensor, seat: Seat, margin: float) -> Generator[Message, Sequence[Tensor], Tensor]:
+def _normalized(x: Tensor, seat: Seat, margin: float) -> Generator[Message, Tensor, Tensor]:
     """x over (1 + margin) times the norm of the whole matrix; zero stays zero. See `newton_schulz.normalize`.
 
     Members divide by different powers of two, so that the power travels with the norm.
     """
     scaled = torch.empty_like(x, memory_format=torch.contiguous_format)
-    power, norm = (value.view(()) for value in power_of_two_and_norm(x, scaled))
-    received = yield Message([torch.stack([power, norm])] * seat.size, [(2,)] * seat.size)
-    powers, norms = torch.stack(list(received)).unbind(dim=1)
+    power, norm = power_of_two_and_norm(x, scaled)
+    powers, norms = (yield from _to_all(torch.cat([power.view(1), norm.view(1)]), seat)).unbind(dim=1)
     # Dividing by another power of two is exact, except for entries that are negligibly small.
     largest = powers.amax()
     total = torch.linalg.vector_norm(norms * (powers / largest))
@@ -104,85 +107,137 @@ def _normalized(x: Tensor, seat: Seat, margin: float) -> Generator[Message, Sequ
     return torch.div(x, largest, out=scaled).div_(total)
 
 
-def _sum(blocks: Sequence[Tensor]) -> Tensor:
-    """The sum in the order of the members, rounded once."""
-    first = blocks[0]
-    total = first.to(accumulation_dtype(first.dtype), copy=True)
-    for block in blocks[1:]:
-        total.add_(block)
-    return total.to(first.dtype)
+def _to_all(values: Tensor, seat: Seat) -> Generator[Message, Tensor, Tensor]:
+    """Sends a few values to every member; (members, values) is returned, the same on all of them."""
+    counts = [values.numel()] * seat.size
+    received = yield Message(values.repeat(seat.size), counts, counts)
+    return received.view(seat.size, -1)
 
 
 def _among(
-    members: Sequence[int], seat: Seat, blocks: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]
-) -> Generator[Message, Sequence[Tensor], list[Tensor]]:
+    members: Sequence[int], seat: Seat, blocks: Tensor, sent: Sequence[int], received: Sequence[int]
+) -> Generator[Message, Tensor, Tensor]:
     """Exchanges blocks with some members; the others get nothing."""
-    nothing = blocks[0][:0]
-    to, of = dict(zip(members, blocks, strict=True)), dict(zip(members, shapes, strict=True))
-    received = yield Message(
-        [to.get(member, nothing) for member in range(seat.size)], [of.get(member, (0,)) for member in range(seat.size)]
-    )
-    return [received[member] for member in members]
+    to, of = [0] * seat.size, [0] * seat.size
+    for member, out, back in zip(members, sent, received, strict=True):
+        to[member], of[member] = out, back
+    return (yield Message(blocks, to, of))
 
 
-def _all_reduce(partial: Tensor, seat: Seat) -> Generator[Message, Sequence[Tensor], Tensor]:
+def _all_reduce(partial: Tensor, seat: Seat) -> Generator[Message, Tensor, Tensor]:
     """The sum of the members' symmetric matrices, the same bits for all."""
     total = len(partial)
-    near = [seat.near_rows(total, member) for member in seat.near]
     start, stop = seat.near_rows(total, seat.member)
-    blocks = yield from _among(
-        seat.near, seat, [partial[a:b, :b] for a, b in near], [(stop - start, stop)] * seat.group_size
-    )
-    own = _sum(blocks)
+    near = [seat.near_rows(total, member) for member in seat.near]
+    own = yield from _reduce_scatter(partial, 0, seat.near, near, (start, stop), seat)
     if seat.groups > 1:
         far = [seat.rows(total, member) for member in seat.far]
-        first, last = seat.rows(total, seat.member)
-        blocks = yield from _among(
-            seat.far, seat, [own[a - start : b - start, :b] for a, b in far], [(last - first, last)] * seat.groups
-        )
-        own = _sum(blocks)
+        own = yield from _reduce_scatter(own, start, seat.far, far, seat.rows(total, seat.member), seat)
     return (yield from _all_gather(own, seat, total))
 
 
-def _all_gather(own: Tensor, seat: Seat, total: int) -> Generator[Message, Sequence[Tensor], Tensor]:
+def _reduce_scatter(
+    matrix: Tensor, first_row: int, members: Sequence[int], rows: Sequence[Rows], own: Rows, seat: Seat
+) -> Generator[Message, Tensor, Tensor]:
+    """The sum of some members' matrices, `own` rows of it; `matrix` begins at row `first_row`."""
+    areas = [(stop - start) * stop for start, stop in rows]
+    start, stop = own
+    packed = _packed(matrix, first_row, tuple(rows))
+    received = yield from _among(members, seat, packed, areas, [(stop - start) * stop] * len(members))
+    return _sum(received.view(len(members), stop - start, stop))
+
+
+def _all_gather(own: Tensor, seat: Seat, total: int) -> Generator[Message, Tensor, Tensor]:
     """The whole symmetric matrix of `total` rows, from each member's `rows`, columns up to the last row's."""
+    steps: list[tuple[range, list[Rows]]] = [(seat.near, [seat.near_rows(total, member) for member in seat.near])]
     if seat.groups > 1:
-        far = [seat.rows(total, member) for member in seat.far]
-        blocks = yield from _among(seat.far, seat, [own] * seat.groups, [(b - a, b) for a, b in far])
-        own = _assembled(blocks, far)
-    near = [seat.near_rows(total, member) for member in seat.near]
-    blocks = yield from _among(seat.near, seat, [own] * seat.group_size, [(b - a, b) for a, b in near])
-    return _assembled(blocks, near)
+        steps.insert(0, (seat.far, [seat.rows(total, member) for member in seat.far]))
+    for members, rows in steps:
+        areas = [(stop - start) * stop for start, stop in rows]
+        received = yield from _among(
+            members, seat, own.repeat(len(members), 1).view(-1), [own.numel()] * len(members), areas
+        )
+        own = _assembled(received, tuple(rows))
+    return own
 
 
-def _assembled(blocks: Sequence[Tensor], rows: Sequence[tuple[int, int]]) -> Tensor:
+def _sum(blocks: Tensor) -> Tensor:
+    """The sum over the first dimension; 16-bit numbers are summed in float32 and rounded once."""
+    return torch.sum(blocks, dim=0)
+
+
+# Blocks of small matrices are packed and placed by one look-up each, because starting a copy for every member takes
+# longer than the copies do. The tables take 4 bytes an element of the symmetric matrix: 16 MiB at 2048 rows.
+_LOOKUP_ROWS = 2048
+
+
+def _packed(matrix: Tensor, first_row: int, rows: tuple[Rows, ...]) -> Tensor:
+    """Row blocks of a matrix that begins at row `first_row`, up to the last row's column, one after the other; 1-D."""
+    if len(matrix) <= _LOOKUP_ROWS:
+        return torch.index_select(matrix.view(-1), 0, _pack_table(tuple(matrix.shape), first_row, rows, matrix.device))
+    return _copy_blocks(matrix, first_row, rows)
+
+
+def _copy_blocks(matrix: Tensor, first_row: int, rows: tuple[Rows, ...]) -> Tensor:
+    return torch.cat([matrix[start - first_row : stop - first_row, :stop].reshape(-1) for start, stop in rows])
+
+
+def _assembled(blocks: Tensor, rows: tuple[Rows, ...]) -> Tensor:
     """Consecutive row blocks of a symmetric matrix up to the last row's column, what they lack being mirrored."""
     first, last = rows[0][0], rows[-1][1]
-    out = blocks[0].new_empty(last - first, last)
-    for block, (start, stop) in zip(blocks, rows, strict=True):
+    if last <= _LOOKUP_ROWS:
+        return torch.index_select(blocks, 0, _place_table(rows, blocks.device)).view(last - first, last)
+    return _place_blocks(blocks, rows)
+
+
+def _place_blocks(blocks: Tensor, rows: tuple[Rows, ...]) -> Tensor:
+    first, last = rows[0][0], rows[-1][1]
+    out = blocks.new_empty(last - first, last)
+    sizes = [(stop - start) * stop for start, stop in rows]
+    for flat, (start, stop) in zip(torch.split(blocks, sizes), rows, strict=True):
+        block = flat.view(stop - start, stop)
         out[start - first : stop - first, :stop] = block
         out[: start - first, start:stop] = block[:, first:start].mT
     return out
 
 
+@lru_cache(maxsize=64)
+def _pack_table(shape: tuple[int, int], first_row: int, rows: tuple[Rows, ...], device: torch.device) -> Tensor:
+    numbers = torch.arange(math.prod(shape), dtype=torch.int32, device=device)
+    return _copy_blocks(numbers.view(shape), first_row, rows)
+
+
+@lru_cache(maxsize=64)
+def _place_table(rows: tuple[Rows, ...], device: torch.device) -> Tensor:
+    numel = sum((stop - start) * stop for start, stop in rows)
+    return _place_blocks(torch.arange(numel, dtype=torch.int32, device=device), rows).view(-1)
+
+
 def band_update(
-    collected: Tensor, rows: int, cols: int, dim: int, seat: Seat, config: MuonConfig, *, divided: bool
+    band: Tensor,
+    shape: tuple[int, int],
+    dim: int,
+    seat: Seat,
+    config: MuonConfig,
+    *,
+    divided: bool,
+    line_moments: Tensor | None = None,
 ) -> Talk:
-    """A team member's part of what `orthogonalized_updates` does for one matrix.
+    """A team member's part of what `rule.muon.orthogonalized_updates` does for one matrix.
 
     Args:
-        collected: The member's band, in any floating dtype; mutated when the talk ends.
-        rows: Of the matrix.
-        cols: Of the matrix.
+        band: The member's band; becomes its update when the talk ends.
+        shape: (rows, cols) of the matrix.
         dim: 0 if the bands are rows, 1 if they are columns.
         seat: The member's place in the team.
         config: Coefficients, steps and scale.
         divided: Whether the team divides the polynomial.
+        line_moments: NorMuon's running mean squares of the band's lines, which takes one more message; mutated.
 
     Returns:
-        The talk, whose result is `collected`.
+        The talk; its result is `band`.
     """
-    wide = collected if dim == 1 else collected.mT
+    wide = band if dim == 1 else band.mT
     update = yield from orthogonalize_band(
         wide.float(),
         seat,
@@ -191,5 +246,13 @@ def band_update(
         dtype=TORCH_DTYPES[config.ns_dtype],
         scaling=scaling_for(config.coefficients),
     )
-    wide.copy_(update.float().mul_(owner_factor(rows, cols, config)))
-    return collected
+    if line_moments is None:
+        wide.copy_(update.float().mul_(owner_factor(*shape, config)))
+        return band
+    # The band has all of its lines, the long side's, but the matrix's norm takes all members' sums.
+    norms = torch.linalg.vector_norm(update, dim=0, dtype=torch.float32)
+    means = norms.square_().div_(len(update))
+    sums = (yield from _to_all(advance_line_moments(line_moments, means, config).to(torch.float32), seat)).sum(dim=0)
+    factors = line_factors(line_moments, sums.double(), shape, config)
+    torch.mul(update, factors, out=wide)
+    return band

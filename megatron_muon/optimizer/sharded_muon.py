@@ -81,6 +81,7 @@ class ShardedMuon(torch.optim.Optimizer):
         slices: Mapping[int, Tensor],
         device: torch.device,
         names: Mapping[int, str] | None = None,
+        team_group: dist.ProcessGroup | None = None,
     ) -> None:
         """Tells the optimizer what its parameters are: which slice of which matrix in the plan.
 
@@ -93,6 +94,7 @@ class ShardedMuon(torch.optim.Optimizer):
             device: Of the exchange buffers; also a rank that stores nothing takes part in the exchange.
             names: Parameter index -> a name that is the same in every layout, from which bf16 momentum draws its random
                 bits; the plan's names if None.
+            team_group: See `Exchange`.
 
         Raises:
             ValueError: If the plan was made for another number of Newton-Schulz steps.
@@ -104,15 +106,17 @@ class ShardedMuon(torch.optim.Optimizer):
         problem = slices_problem(plan, rank, slices, [p for g in self.param_groups for p in g["params"]])
         problem = problem or backend_problem(self.muon, device)
         compare_over_ranks(plan.fingerprint, problem, group)
-        # Variants divide all updates of a round at once.
-        is_muon = self.muon.variant == "muon"
+        # AdaMuon divides all updates of a round at once, on slices.
+        at_owner = self.muon.variant != "adamuon"
         exchange = Exchange(
             plan,
             group,
             TORCH_DTYPES[self.muon.exchange_dtype],
             device,
-            scratch_numel=self.muon.exchange_buffer_mb * 2**20 // SCRATCH_SHARE // 4 if is_muon else sys.maxsize,
-            keep_resident=is_muon,
+            scratch_numel=self.muon.exchange_buffer_mb * 2**20 // SCRATCH_SHARE // 4 if at_owner else sys.maxsize,
+            keep_resident=at_owner,
+            carry_lines=self.muon.variant == "normuon",
+            team_group=team_group,
         )
         numbers = {id(p): number for number, g in enumerate(self.param_groups) for p in g["params"]}
         group_of = {index: numbers[id(p)] for index, p in slices.items()}

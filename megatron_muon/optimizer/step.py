@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,11 +16,12 @@ from torch import Tensor
 from megatron_muon.config import MuonConfig, gradient_gain
 from megatron_muon.exchange.exchange import Exchange, SliceBatch
 from megatron_muon.exchange.team import band_update
+from megatron_muon.matrices.lines import TileStrips, num_logical_matrices, tiles_of_slice
 from megatron_muon.matrices.shares import logical_views
 from megatron_muon.matrices.slice_elements import SliceElements
 from megatron_muon.optimizer.observer import StepObserver
-from megatron_muon.rule.adaptive import Piece, divide
-from megatron_muon.rule.muon import apply_updates, momentum_update, orthogonalized_updates
+from megatron_muon.rule.adaptive import divide_elements, rms_factor, square_bits, square_sum
+from megatron_muon.rule.muon import apply_updates, bounded_stacks, momentum_update, orthogonalized_update
 from megatron_muon.rule.stochastic_rounding import random_bits, stochastic_bf16, stream
 from megatron_muon.state_keys import MOMENTUM, SECOND_MOMENT
 
@@ -43,6 +46,15 @@ class Binding:
             piece = spec.piece_of(plan.tp_ranks[rank])
             out[index] = SliceElements(spec, piece, own.start, own.stop, self.exchange.device)
         return out
+
+    @cached_property
+    def tiles(self) -> dict[int, list[TileStrips]]:
+        """By parameter index, what this rank's slice has of each logical matrix."""
+        return {i: tiles_of_slice(e.spec, e.piece, e.start, e.stop) for i, e in self.elements.items()}
+
+    def second_moments(self, state: Mapping[Tensor, dict[str, Tensor]]) -> dict[int, Tensor]:
+        """By parameter index, the running mean squares of this rank's slices, if the variant keeps any."""
+        return {index: state[p][SECOND_MOMENT] for index, p in self.slices.items() if SECOND_MOMENT in state[p]}
 
     def counts(self, index: int) -> bool:
         """Whether this rank's elements enter sums over the ranks: of several copies of a parameter, the first's do."""
@@ -93,6 +105,7 @@ class Step:
         """Momentum of the slices that travel, which are then packed for the gather."""
         for batch in self.exchange.travelling(round_index):
             self._momentum(round_index, batch)
+        self.exchange.pack_lines(round_index, self.bound.second_moments(self.state))
 
     def start(self, transfer: int) -> None:
         self.exchange.start(transfer)
@@ -115,9 +128,10 @@ class Step:
         batches = self.exchange.travelling(round_index)
         for batch in batches:
             self._apply(round_index, batch)
-        if self.muon.variant != "muon" and not batches and 0 <= round_index < self.num_rounds:
+        self.exchange.unpack_lines(round_index, self.bound.second_moments(self.state))
+        if self.muon.variant == "adamuon" and not batches and 0 <= round_index < self.num_rounds:
             # Collective, also for a rank without slices in the round.
-            self._divide(round_index, {}, {})
+            self._divide(round_index, {})
 
     def _momentum(self, round_index: int, batch: SliceBatch) -> None:
         muon, state = self.muon, self.state
@@ -160,54 +174,68 @@ class Step:
 
     def _newton_schulz(self, round_index: int) -> None:
         exchange, plan, muon = self.exchange, self.exchange.plan, self.muon
-        parts = exchange.parts(round_index)
+        parts, lines = exchange.parts(round_index), exchange.lines
+        if lines is not None:
+            lines.load_resident(round_index, self.bound.second_moments(self.state))
         teams = {item: team for item in parts if (team := plan.team(item)) is not None}
         talks = {
             item: band_update(
                 parts[item],
-                team.rows,
-                team.cols,
+                (team.rows, team.cols),
                 plan.share(item).dim,
                 team.seat(item.share),
                 muon,
                 divided=team.method.divided,
+                line_moments=lines.owned(round_index, item) if lines is not None else None,
             )
             for item, team in teams.items()
         }
         with self.observer.newton_schulz():
-            # First: the members of a team start together, right after the gather.
-            exchange.run_teams(round_index, talks)
-            with exchange.watch.phase("newton_schulz", round_index):
-                orthogonalized_updates(exchange.stacks(round_index), muon)
+            stacks = exchange.stacks(round_index)
+            line_moments = lines.stacked(round_index, stacks) if lines is not None else None
+            pieces = bounded_stacks(stacks, muon, line_moments)
+            exchange.run_teams(round_index, talks, [partial(orthogonalized_update, piece, muon) for piece in pieces])
+        if lines is not None:
+            lines.store_resident(round_index, self.bound.second_moments(self.state))
         if self.observer.watches:
             for item, part in parts.items():
                 if item not in teams:
                     views = logical_views(plan.spec(item), item.part, part)
                     self.observer.orthogonality(item.matrix, item.part, views)
 
-    def _divide(self, round_index: int, slices: Mapping[int, Tensor], updates: Mapping[int, Tensor]) -> None:
-        """Collective over the group: sums over lines and matrices."""
-        plan = self.exchange.plan
-        pieces = {
-            index: Piece(
-                self.bound.elements[index],
-                updates[index],
-                self.state[p][SECOND_MOMENT],
-                self.bound.counts(index),
-            )
-            for index, p in slices.items()
-        }
-        specs = {index: plan.matrices[index].spec for index in plan.rounds[round_index]}
-        divide(specs, pieces, self.muon, self.exchange.device, self.bound.all_reduce)
+    def _divide(self, round_index: int, updates: Mapping[int, Tensor]) -> None:
+        """AdaMuon's division, element-wise on slices, and its scale. One small all-reduce over the group."""
+        plan, muon = self.exchange.plan, self.muon
+        specs = [plan.matrices[index].spec for index in plan.rounds[round_index]]
+        offsets = dict(zip(plan.rounds[round_index], accumulate(map(num_logical_matrices, specs), initial=0)))
+        moments = self.bound.second_moments(self.state)
+        divide_elements(list(updates.values()), [moments[index] for index in updates], muon)
+        numel = sum(map(num_logical_matrices, specs))
+        sums = torch.zeros(numel, dtype=torch.float64, device=self.exchange.device)
+        tiles = [
+            (offsets[index] + tile.number, tile, [strip.view(updates[index]) for strip in tile.strips])
+            for index in updates
+            for tile in self.bound.tiles[index]
+        ]
+        for (number, tile, parts), index in zip(tiles, (i for i in updates for _ in self.bound.tiles[i]), strict=True):
+            if self.bound.counts(index):
+                bits = square_bits(math.prod(tile.shape), muon.beta2)
+                sums[number] = square_sum(parts, bits, sums)
+        self.bound.all_reduce(sums)
+        for number, tile, parts in tiles:
+            bits = square_bits(math.prod(tile.shape), muon.beta2)
+            factor = rms_factor(sums[number], bits, tile.shape, muon)
+            for part in parts:
+                part.mul_(factor)
 
     def _apply(self, round_index: int, batch: SliceBatch) -> None:
         slices = {index: self.bound.slices[index] for index in batch.flats}
         updates = batch.flats
         with self.exchange.watch.phase("unpack", round_index):
             batch.unpack.run()
-        if self.muon.variant != "muon":
+        if self.muon.variant == "adamuon":
             with self.exchange.watch.phase("second_moment", round_index):
-                self._divide(round_index, slices, updates)
+                self._divide(round_index, updates)
         self._record("update_sq", updates)
         self._record("weight_sq", slices)
         groups = {index: self.param_groups[self.bound.group_of[index]] for index in slices}

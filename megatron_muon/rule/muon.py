@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from megatron_muon.config import TORCH_DTYPES, MuonConfig, owner_factor
-from megatron_muon.newton_schulz import coefficients, load_backend, normalize, orthogonalize, scaling_for
+from megatron_muon.newton_schulz import BackendName, coefficients, load_backend, normalize, orthogonalize, scaling_for
+from megatron_muon.newton_schulz.backends import Orthogonalize
+from megatron_muon.rule.adaptive import advance_line_moments, line_factors, line_means, multiply_lines
 
 # 32 MiB in bf16, a few experts' matrices: enough to fill a device, while Newton-Schulz needs about three times a stack.
 _STACK_NUMEL = 2**24
@@ -70,35 +73,78 @@ def in_ns_dtype(matrix: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _backend(name: str, device_type: str) -> Callable[..., Tensor]:
-    """`orthogonalize` of another package's back end, which keeps closures from call to call."""
+def _backend(name: BackendName, device_type: str) -> Orthogonalize:
+    """A back end of another package, which keeps closures from call to call."""
     return load_backend(name, device_type)
 
 
-def orthogonalized_updates(stacks: Sequence[Tensor], config: MuonConfig) -> None:
-    """Replaces each logical matrix by its update: Newton-Schulz, then the scale of its own shape.
+class Stack(NamedTuple):
+    """Logical matrices that are orthogonalized at once.
+
+    Attributes:
+        matrices: (count, rows, cols), or (rows, cols) for a single one, since a batch of one may run another kernel.
+        line_moments: NorMuon's running mean squares, (count, lines) or (lines,); None otherwise.
+    """
+
+    matrices: Tensor
+    line_moments: Tensor | None = None
+
+
+def bounded_stacks(
+    stacks: Sequence[Tensor], config: MuonConfig, line_moments: Sequence[Tensor] | None = None
+) -> list[Stack]:
+    """Cuts stacks into those that are orthogonalized at once: of at most 2**24 elements, or of one matrix.
 
     Args:
-        stacks: Matrices (rows, cols), or several of one shape (count, rows, cols), of any strides; mutated. Their dtype
-            is kept; the iterations run in `config.ns_dtype`.
-        config: Coefficients, steps, scale and whether the matrices of a stack run together, as many as 2**24 elements.
+        stacks: Matrices (rows, cols), or several of one shape (count, rows, cols), of any strides.
+        config: Whether matrices run together at all.
+        line_moments: (count, lines) for each stack, if there are any.
+
+    Returns:
+        Views.
     """
-    schedule = coefficients(config.coefficients, config.ns_steps)
-    dtype, scaling = TORCH_DTYPES[config.ns_dtype], scaling_for(config.coefficients)
-    for stack in stacks:
-        rows, cols = stack.shape[-2:]
-        run = orthogonalize if config.ns_backend == "torch" else _backend(config.ns_backend, stack.device.type)
-        factor = owner_factor(rows, cols, config)
-        size = max(1, _STACK_NUMEL // (rows * cols)) if config.batched else 1
-        for some in torch.split(stack, size) if stack.dim() > 2 else [stack]:
-            # A single matrix is passed as one, since a batch of one may run another kernel.
-            matrices = some[0] if some.dim() > 2 and len(some) == 1 else some
-            update = run(in_ns_dtype(matrices, dtype), schedule, iteration=config.ns_method, scaling=scaling)
-            if update.dtype == matrices.dtype:
-                # The factor is a number and not a tensor, so that it is not rounded to bf16 before it is applied.
-                torch.mul(update, factor, out=matrices)
-            else:
-                matrices.copy_(update.float().mul_(factor))
+    out = []
+    for number, stack in enumerate(stacks):
+        size = max(1, _STACK_NUMEL // stack.shape[-2:].numel()) if config.batched else 1
+        moments = line_moments[number] if line_moments is not None else None
+        if stack.dim() == 2:
+            out.append(Stack(stack, moments))
+            continue
+        for at in range(0, len(stack), size):
+            where: Any = slice(at, at + size) if min(at + size, len(stack)) - at > 1 else at
+            out.append(Stack(stack[where], moments[where] if moments is not None else None))
+    return out
+
+
+def orthogonalized_update(stack: Stack, config: MuonConfig) -> None:
+    """Replaces each logical matrix by its update: Newton-Schulz, then the scale of its own shape.
+
+    NorMuon divides lines by the roots of their running mean squares in between.
+
+    Args:
+        stack: One of `bounded_stacks`; mutated. The matrices' dtype is kept; the iterations run in `config.ns_dtype`.
+        config: Coefficients, steps, back end, variant and scale.
+    """
+    matrices = stack.matrices
+    schedule, scaling = coefficients(config.coefficients, config.ns_steps), scaling_for(config.coefficients)
+    run = orthogonalize if config.ns_backend == "torch" else _backend(config.ns_backend, matrices.device.type)
+    rows, cols = matrices.shape[-2:]
+    narrow = in_ns_dtype(matrices, TORCH_DTYPES[config.ns_dtype])
+    update = run(narrow, schedule, iteration=config.ns_method, scaling=scaling)
+    if stack.line_moments is not None:
+        sums = advance_line_moments(stack.line_moments, line_means(update), config)
+        multiply_lines(update, line_factors(stack.line_moments, sums, (rows, cols), config), matrices)
+    elif update.dtype == matrices.dtype:
+        # The factor is a number and not a tensor, so that it is not rounded to bf16 before it is applied.
+        torch.mul(update, owner_factor(rows, cols, config), out=matrices)
+    else:
+        matrices.copy_(update.float().mul_(owner_factor(rows, cols, config)))
+
+
+def orthogonalized_updates(stacks: Sequence[Tensor], config: MuonConfig) -> None:
+    """`orthogonalized_update` of everything in `stacks`, see `bounded_stacks`."""
+    for stack in bounded_stacks(stacks, config):
+        orthogonalized_update(stack, config)
 
 
 def apply_updates(

@@ -43,8 +43,11 @@ class ReferenceMuon:
     def update(self, name: str, direction: Tensor) -> Tensor:
         """The scaled orthogonalized direction, before lr."""
         wire = TORCH_DTYPES[self.config.exchange_dtype]
+        return self.orthogonalized(name, direction.to(wire).float()).to(wire).float()
+
+    def orthogonalized(self, name: str, direction: Tensor) -> Tensor:
+        """The scaled orthogonalized direction as its owner computes it."""
         schedule = coefficients(self.config.coefficients, self.config.ns_steps)
-        direction = direction.to(wire).float()
         update = torch.empty_like(direction)
         for place in self.logical.get(name, [list(range(len(direction)))]):
             matrix = direction[place]
@@ -53,7 +56,7 @@ class ReferenceMuon:
             matrix = matrix.to(TORCH_DTYPES[self.config.ns_dtype])
             orthogonal = orthogonalize(matrix, schedule, scaling=scaling_for(self.config.coefficients)).float()
             update[place] = orthogonal * owner_factor(matrix.shape[0], matrix.shape[1], self.config)
-        return update.to(wire).float()
+        return update
 
     def step(self, gradients: dict[str, Tensor], *, lr: float, weight_decay: float) -> None:
         """One update of every parameter that has a gradient."""

@@ -1,7 +1,7 @@
 """NorMuon, AdaMuon and their like on whole matrices in one process; the oracle beside `reference`, for reading as well.
 
-As there, a parameter is one 2-D tensor and its logical matrices are rows (and columns) of it. Sums of squares are taken
-in whole numbers, as `second_moment` takes them, so that a distributed run can be compared bit by bit.
+As there, a parameter is one 2-D tensor and its logical matrices are rows (and columns) of it. AdaMuon's sum of squares
+is taken of rounded numbers, as `adaptive` takes it, so that a distributed run can be compared bit by bit.
 """
 
 from __future__ import annotations
@@ -11,16 +11,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megatron_muon.config import MuonConfig, scale_factor
-from megatron_muon.rule.adaptive import LINE_BITS, norm_bits
+from megatron_muon.config import TORCH_DTYPES, MuonConfig, scale_factor
+from megatron_muon.rule.adaptive import square_bits
 from megatron_muon.rule.reference import Logical, ReferenceMuon
 from megatron_muon.rule.stochastic_rounding import random_bits, stochastic_bf16, stream
 
 
-def sum_of_squares(x: Tensor, bits: int, dim: int | None = None) -> Tensor:
-    """Of fp32 numbers, over all of them or along `dim`, with `bits` binary digits after the point; in float64."""
-    whole = (x.double() ** 2 * 2.0**bits).round().long()
-    return (whole.sum() if dim is None else whole.sum(dim, keepdim=True)).double() / 2.0**bits
+def sum_of_squares(x: Tensor, bits: int) -> Tensor:
+    """Of all fp32 numbers, each square with `bits` binary digits after the point; in float64."""
+    return (x.double() ** 2 * 2.0**bits).round().sum() / 2.0**bits
 
 
 class ReferenceVariants(ReferenceMuon):
@@ -60,29 +59,37 @@ class ReferenceVariants(ReferenceMuon):
 
     def update(self, name: str, direction: Tensor) -> Tensor:
         """The scaled orthogonalized direction, divided by the root of its mean squares, before lr."""
-        update = super().update(name, direction)
-        if self.config.variant != "muon":
-            for number, place in enumerate(self.places(name)):
-                update[place] = self.divided(update[place], (name, number))
-        return update
+        if self.config.variant == "muon":
+            return super().update(name, direction)
+        wire = TORCH_DTYPES[self.config.exchange_dtype]
+        # `ReferenceMuon.update` scales nothing for the variants. NorMuon divides before the update is sent.
+        is_normuon = self.config.variant == "normuon"
+        update = self.orthogonalized(name, direction.to(wire).float())
+        update = update if is_normuon else update.to(wire).float()
+        for number, place in enumerate(self.places(name)):
+            update[place] = self.divided(update[place], (name, number))
+        return update.to(wire).float() if is_normuon else update
 
     def divided(self, o: Tensor, key: tuple[str, int]) -> Tensor:
         """The update of one logical matrix from the orthogonalized one."""
         beta2, eps = self.config.beta2, self.config.second_moment_eps
+        factor = scale_factor(o.shape[0], o.shape[1], self.config)
+        if self.config.variant == "adamuon":
+            v = self.second_moments.setdefault(key, torch.zeros_like(o))
+            v.mul_(beta2).add_(o * o * (1.0 - beta2))
+            scaled = o / (v.sqrt() + eps)
+            norm = sum_of_squares(scaled, square_bits(o.numel(), beta2))
+            return scaled * ((min(o.shape) / norm).sqrt() * factor).float() if norm > 0 else scaled * 0.0
         # The mean is taken along the short side.
         dim = 1 if o.shape[0] >= o.shape[1] else 0
-        if self.config.variant == "normuon":
-            square = (sum_of_squares(o, LINE_BITS, dim) / o.shape[dim]).float()
-            wanted = sum_of_squares(o, LINE_BITS)
-        else:
-            square, wanted = o * o, torch.tensor(float(min(o.shape)), dtype=torch.float64)
-        v = self.second_moments.setdefault(key, torch.zeros_like(square))
-        v.mul_(beta2).add_(square * (1.0 - beta2))
-        root = v.clamp(min=eps).sqrt() if self.config.variant == "normuon" else v.sqrt() + eps
-        scaled = o / root
-        norm = sum_of_squares(scaled, norm_bits(o.numel(), beta2))
-        factor = scale_factor(o.shape[0], o.shape[1], self.config)
-        return scaled * ((wanted / norm).sqrt() * factor).float() if norm > 0 else scaled * 0.0
+        mean = torch.linalg.vector_norm(o.contiguous(), dim=dim, keepdim=True) ** 2 / o.shape[dim]
+        v = self.second_moments.setdefault(key, torch.zeros_like(mean))
+        v.mul_(beta2).add_(mean * (1.0 - beta2))
+        v_safe = v.clamp(min=eps)
+        # The squares of a line divided by a number add up to its mean over that number, times the length of the line.
+        before, after = mean.double().sum(), (mean / v_safe).double().sum()
+        gain = ((before / after).sqrt() * factor).float() if after > 0 else torch.zeros(())
+        return o * (gain / v_safe.sqrt())
 
     def step(self, gradients: dict[str, Tensor], *, lr: float, weight_decay: float) -> None:
         """One update of every parameter that has a gradient."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from emerging_optimizers.orthogonalized_optimizers.adaptive_muon import AdaptiveMuon
@@ -12,10 +13,26 @@ from torch import Tensor
 
 from megatron_muon.config import MuonConfig, scale_factor
 from megatron_muon.matrices.fused import pattern, spec_from_split
-from megatron_muon.matrices.shares import logical_views
+from megatron_muon.matrices.lines import (
+    num_lines,
+    num_logical_matrices,
+    numbers_in_parameter,
+    tiles_of_slice,
+    touched_lines,
+)
+from megatron_muon.matrices.shares import divide_part, logical_views, max_shares, share_positions
 from megatron_muon.matrices.slice_elements import SliceElements, logical_matrices
 from megatron_muon.matrices.spec import Blocks, MatrixSpec, Part, whole
-from megatron_muon.rule.adaptive import Piece, divide, norm_bits
+from megatron_muon.rule.adaptive import (
+    advance_line_moments,
+    divide_elements,
+    line_factors,
+    line_means,
+    multiply_lines,
+    rms_factor,
+    square_bits,
+    square_sum,
+)
 from megatron_muon.rule.muon import apply_updates, momentum_update
 from megatron_muon.rule.reference_adaptive import ReferenceVariants
 from megatron_muon.rule.stochastic_rounding import random_bits, stochastic_bf16, stream
@@ -90,6 +107,34 @@ def test_elements_know_their_place(spec: MatrixSpec) -> None:
             assert torch.equal(elements.matrices(everything), matrix_of[numbers])
             assert torch.equal(elements.lines(everything), line_of[numbers])
             assert torch.equal(elements.touched_lines, line_of[numbers].unique())
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_lines_of_runs_are_those_of_their_elements(spec: MatrixSpec, count: int) -> None:
+    """Lines counted by rectangles against the numbers of single elements, in every slice and every share."""
+    for piece in range(spec.num_pieces):
+        for start, stop in ((0, spec.local_numel), (4, 11), (spec.local_numel - 5, spec.local_numel), (3, 4)):
+            elements = SliceElements(spec, piece, start, stop, CPU)
+            everything = slice(0, stop - start)
+            got = []
+            for part in range(len(spec.parts)):
+                for share in divide_part(spec, part, min(count, max_shares(spec, part))):
+                    first, last = share_positions(spec, part, share, piece, np.array([start, stop])).tolist()
+                    own = touched_lines(spec, part, share, piece, first, last)
+                    assert torch.equal(own, own.unique())
+                    assert not len(own) or int(own[-1]) < num_lines(spec, part, share)
+                    numbers = numbers_in_parameter(spec, part, share, own)
+                    assert torch.equal(numbers, numbers.sort().values)
+                    got.append(numbers)
+            assert torch.equal(torch.cat(got).sort().values, elements.touched_lines)
+            flat = torch.zeros(stop - start, dtype=torch.int64) - 1
+            for tile in tiles_of_slice(spec, piece, start, stop):
+                assert tile.shape == logical_matrices(spec).shapes[tile.number]
+                for strip in tile.strips:
+                    strip.view(flat).fill_(tile.number)
+            assert torch.equal(flat, elements.matrices(everything))
+    assert sum(num_logical_matrices(s) for s in (spec,)) == len(logical_matrices(spec).shapes)
 
 
 def test_chunks_cover_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,6 +217,18 @@ def test_cautious_weight_decay_by_hand() -> None:
 # NorMuon and AdaMuon.
 
 
+def divided(o: Tensor, moment: Tensor, config: MuonConfig) -> Tensor:
+    """The update of one orthogonalized matrix, by the product's functions; `moment` is mutated."""
+    shape, out = (o.shape[0], o.shape[1]), o.clone()
+    if config.variant == "normuon":
+        sums = advance_line_moments(moment, line_means(o), config)
+        multiply_lines(o, line_factors(moment, sums, shape, config), out)
+        return out
+    divide_elements([out], [moment.view(shape)], config)
+    bits = square_bits(o.numel(), config.beta2)
+    return out.mul_(rms_factor(square_sum([out], bits, out), bits, shape, config))
+
+
 def adaptive(method: Any, shape: tuple[int, int], config: MuonConfig) -> AdaptiveMuon:
     return AdaptiveMuon(
         [torch.nn.Parameter(torch.zeros(shape))],
@@ -189,8 +246,6 @@ def adaptive(method: Any, shape: tuple[int, int], config: MuonConfig) -> Adaptiv
 def test_second_moments_are_emerging_optimizers(variant: Any, shape: tuple[int, int]) -> None:
     """State and direction over three steps; AdaMuon's norm is the paper's, where theirs is left as it comes out."""
     config = dataclasses.replace(FP32, variant=variant, beta2=0.9)
-    spec = MatrixSpec("w", shape, 1, None, whole(shape[0]))
-    elements = SliceElements(spec, 0, 0, spec.local_numel, CPU)
     theirs = adaptive(variant, shape, config)
     dims = max(shape) if variant == "normuon" else shape[0] * shape[1]
     moment = torch.zeros(dims)
@@ -204,13 +259,12 @@ def test_second_moments_are_emerging_optimizers(variant: Any, shape: tuple[int, 
         expected = theirs._apply_moment2_normalization(direction.clone(), their_moment, 0.9, config.second_moment_eps)
         if variant == "adamuon":
             expected *= (min(shape) ** 0.5) / expected.norm()
-        update = direction.flatten().clone()
-        divide({0: spec}, {0: Piece(elements, update, moment, True)}, config, CPU, lambda _: None)
+        update = divided(direction, moment, config)
         torch.testing.assert_close(moment, their_moment.flatten(), rtol=1e-5, atol=1e-9)
-        torch.testing.assert_close(update.view(shape), expected * scale_factor(*shape, config), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(update, expected * scale_factor(*shape, config), rtol=1e-5, atol=1e-7)
         if variant == "adamuon":
             # The paper's alignment: the RMS that Muon would have with an exactly orthogonal matrix.
-            rms = config.update_rms * (min(shape) * max(shape)) ** 0.5 / spec.local_numel**0.5
+            rms = config.update_rms * (min(shape) * max(shape)) ** 0.5 / (shape[0] * shape[1]) ** 0.5
             assert update.square().mean().sqrt().item() == pytest.approx(rms, rel=1e-5)
 
 
@@ -221,18 +275,33 @@ def test_zero_matrix_stays_zero(variant: Any) -> None:
     before = oracle.parameters["w"].clone()
     oracle.step({"w": torch.zeros(4, 6)}, lr=0.1, weight_decay=0.0)
     assert torch.equal(oracle.parameters["w"], before)
-    spec = MatrixSpec("w", (4, 6), 1, None, whole(4))
-    update = torch.zeros(24)
     moment = torch.zeros(6 if variant == "normuon" else 24)
-    divide({0: spec}, {0: Piece(SliceElements(spec, 0, 0, 24, CPU), update, moment, True)}, config, CPU, lambda _: None)
-    assert not update.any() and not moment.any()
+    assert not divided(torch.zeros(4, 6), moment, config).any() and not moment.any()
 
 
-def test_whole_number_sums_have_room() -> None:
-    """The largest matrix and decay that make sense: the bound of the sum stays below 2^63."""
-    for numel, beta2 in ((1, 0.0), (2**31, 0.9999), (7168 * 18432, 0.95)):
-        bits = norm_bits(numel, beta2)
-        assert bits >= 10 and numel / (1 - beta2) * 2.0**bits < 2.0**62
+def test_a_stack_is_divided_as_its_matrices_alone() -> None:
+    config = dataclasses.replace(FP32, variant="normuon")
+    stack = normal(1, 3, 9, 4)
+    moments = torch.rand(3, 9)
+    alone = torch.stack([divided(m, v.clone(), config) for m, v in zip(stack, moments, strict=True)])
+    out = stack.clone()
+    sums = advance_line_moments(moments, line_means(stack), config)
+    multiply_lines(stack, line_factors(moments, sums, (9, 4), config), out)
+    torch.testing.assert_close(out, alone)
+
+
+def test_sums_of_squares_do_not_depend_on_the_cut() -> None:
+    """The largest matrices and decays that make sense leave digits; the sums are exact in any order."""
+    for numel, beta2 in ((1, 0.0), (2**31, 0.999), (7168 * 18432, 0.95)):
+        bits = square_bits(numel, beta2)
+        assert bits >= 10 and numel / (1 - beta2) * 2.0**bits <= 2.0**53
+    values, bits = normal(3, 10_000) * 4, square_bits(10_000, 0.95)
+    whole_sum = square_sum([values], bits, values)
+    for seed in range(3):
+        shuffled = values[torch.randperm(10_000, generator=torch.Generator().manual_seed(seed))]
+        parts = sum(square_sum([part], bits, part) for part in torch.split(shuffled, 777))
+        assert torch.equal(torch.as_tensor(parts), whole_sum)
+    assert whole_sum.item() / 2.0**bits == pytest.approx(values.double().square().sum().item(), rel=1e-6)
 
 
 # Groups.

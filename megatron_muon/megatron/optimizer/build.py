@@ -18,6 +18,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
 from megatron_muon.config import MuonConfig
+from megatron_muon.exchange.team_groups import make_team_groups
 from megatron_muon.matrices.spec import MatrixSpec
 from megatron_muon.megatron.checkpoint.sharded_states import AdamDistributedOptimizer
 from megatron_muon.megatron.entry.agreement import agree_on_settings, settings_of
@@ -131,8 +132,10 @@ class _Builder:
         built.update({(expert, True): self._muon(expert, specs[expert]) for expert in muons})
         # See `largest_matrix_flops`.
         order = sorted(muons, key=lambda expert: self._largest_flops(expert, specs[expert]), reverse=True)
-        for expert, plan in self._plans({expert: built[expert, True] for expert in order}).items():
-            built[expert, True].bind(plan)
+        plans = self._plans({expert: built[expert, True] for expert in order})
+        team_groups = make_team_groups([(plans[expert], self._grid(expert).group) for expert in muons])
+        for expert, team_group in zip(muons, team_groups, strict=True):
+            built[expert, True].bind(plans[expert], team_group)
         if self.muon.log_params:
             self._log_parameters(built)
         return [built[kind] for kind in _KINDS if kind in built]

@@ -116,7 +116,7 @@ class MuonDistributedOptimizer(CheckpointedOptimizer):
             options=dataclasses.replace(plan_options(muon, grid), max_team_size=max_team_size),
         )
 
-    def bind(self, plan: OwnershipPlan) -> None:
+    def bind(self, plan: OwnershipPlan, team_group: dist.ProcessGroup | None = None) -> None:
         """Gives the inner optimizer its plan and its slices. Collective over the grid; see `ShardedMuon.bind`."""
         main_slices = self._main_slices()
         index_of = {parameter: index for index, parameter in enumerate(self._specs)}
@@ -126,6 +126,7 @@ class MuonDistributedOptimizer(CheckpointedOptimizer):
             {index_of[parameter]: main for parameter, main in main_slices.items()},
             _device(),
             {index_of[parameter]: name for parameter, name in self._names.items() if parameter in index_of},
+            team_group,
         )
 
     @cached_property
