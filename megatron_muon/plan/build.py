@@ -39,6 +39,7 @@ __all__ = [
     "largest_matrix_flops",
 ]
 
+_DEFAULTS = MuonConfig()
 _SMALL_TEAM = 8
 _LEVEL = 1.05
 
@@ -58,14 +59,14 @@ class PlanOptions:
         balance: Whether messages within teams count when owners are chosen.
     """
 
-    ns_dtype: torch.dtype = torch.bfloat16
-    exchange_dtype: torch.dtype = torch.bfloat16
-    max_team_size: int = 64
-    buffer_bytes: int = 2**30
+    ns_dtype: torch.dtype = TORCH_DTYPES[_DEFAULTS.ns_dtype]
+    exchange_dtype: torch.dtype = TORCH_DTYPES[_DEFAULTS.exchange_dtype]
+    max_team_size: int = _DEFAULTS.max_team_size
+    buffer_bytes: int = _DEFAULTS.exchange_buffer_mb * 2**20
     node_of: tuple[int, ...] | None = None
     cost: CostModel = field(default_factory=CostModel)
-    ns_method: Iteration = "auto"
-    balance: Balance = "time"
+    ns_method: Iteration = _DEFAULTS.ns_method
+    balance: Balance = _DEFAULTS.balance
 
     @property
     def team_cost(self) -> CostModel:
