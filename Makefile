@@ -12,7 +12,7 @@ TE_VERSION := 2.20.2
 # TE's torch extension, built for this Python and torch. PyPI has its source only, which takes a quarter of an hour.
 TE_WHEEL ?= $(firstword $(wildcard ../shared/wheels/transformer_engine_torch-$(TE_VERSION)-*.whl))
 
-.PHONY: venv demo ablations test test-fast test-all test-te lint bench docs clean
+.PHONY: venv demo ablations test test-fast test-all test-gpu test-te lint bench docs clean
 venv: $(STAMP)
 
 $(STAMP): setup.py
@@ -42,6 +42,10 @@ test-fast: $(STAMP)
 
 test-all: $(STAMP)
 	$(PYTEST)
+
+# On every GPU of this node; without one, all of it is skipped with the reason. docs/first_gpu_run.md.
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu tests/gpu
 
 # transformer-engine is a metapackage, without which TE refuses to be imported.
 $(TE_STAMP): setup.py $(TE_WHEEL)

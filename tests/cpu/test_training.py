@@ -55,6 +55,9 @@ LAYOUTS = {
     "vpp2-dp2-overlap": ("dense", Layout(4, pp=2, vpp=2, config=FOUR, ddp={**OVERLAP, "align_param_gather": True})),
 }
 
+# Parts of wider layouts above, which run in `make test`.
+NARROWER = ("dp2-overlap", "tp2-sp", "vpp2", "ep2", "mla-tp2-sp-ep2", "mla-tp2-sp-ep2-allgather", "instances2")
+
 Result = tuple[list[float], list[float]]
 
 
@@ -96,7 +99,9 @@ def one_rank(model: str, settings: tuple[tuple[str, Any], ...]) -> Result:
     return result
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.exhaustive) if name in NARROWER else name for name in LAYOUTS]
+)
 def test_a_layout_trains_as_one_rank(name: str) -> None:
     model, layout = LAYOUTS[name]
     # The dispatcher belongs to the layout; the rest is the model.

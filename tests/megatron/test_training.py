@@ -87,7 +87,10 @@ def single_rank_losses() -> dict[tuple[str, int], list[float]]:
     return out
 
 
-@pytest.mark.parametrize("name", RUNS)
+# "vpp" is a part of "vpp overlap".
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.exhaustive) if name == "vpp" else name for name in RUNS]
+)
 def test_losses_do_not_depend_on_the_layout(name: str, single_rank_losses: dict[tuple[str, int], list[float]]) -> None:
     model, layout = RUNS[name]
     expected = single_rank_losses[model, max(2, layout.pp * (layout.vpp or 1))]

@@ -94,26 +94,28 @@ class Case:
 
 
 class Trainer:
-    """One rank's slices and their optimizer."""
+    """One rank's slices and their optimizer, on a device that `tests/gpu` chooses."""
 
-    def __init__(self, case: Case, rank: int, weights: Mapping[str, Tensor] | None = None) -> None:
-        self.case, self.rank = case, rank
+    def __init__(
+        self, case: Case, rank: int, weights: Mapping[str, Tensor] | None = None, device: torch.device = CPU
+    ) -> None:
+        self.case, self.rank, self.device = case, rank, device
         self.ranges = case.held(rank)
         self.slices = {
-            name: Parameter(weights[name].clone() if weights else start(name).flatten()[a:b].clone())
+            name: Parameter((weights[name] if weights else start(name).flatten()[a:b]).to(device, copy=True))
             for name, (a, b) in self.ranges.items()
         }
         groups = [{"params": [self.slices[n] for n in names if n in self.slices]} for names in GROUPS]
         self.optimizer = ShardedMuon(groups, lr=9.0, config=case.config)
         plan = case.plan()
         indices = {m.spec.name: index for index, m in enumerate(plan.matrices)}
-        self.optimizer.bind(plan, None, {indices[name]: p for name, p in self.slices.items()}, CPU)
+        self.optimizer.bind(plan, None, {indices[name]: p for name, p in self.slices.items()}, device)
 
     def step(self, step: int) -> None:
         for name, (a, b) in self.ranges.items():
             missing = self.case.without_gradient(step) == (self.rank, name)
             gradient = self.case.gradient(name, step).flatten()[a:b]
-            self.slices[name].grad = None if missing else gradient
+            self.slices[name].grad = None if missing else gradient.to(self.device)
         for group, (lr, weight_decay) in zip(self.optimizer.param_groups, SCHEDULE[step % 3], strict=True):
             group["lr"], group["weight_decay"] = lr, weight_decay
         self.optimizer.step()
@@ -125,10 +127,10 @@ class Trainer:
         return {name: dict(self.optimizer.state[p]) for name, p in self.slices.items()}
 
 
-def train(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, Any]]:
+def train(rank: int, world_size: int, cases: list[Case], device: torch.device = CPU) -> list[dict[str, Any]]:
     results = []
     for case in cases:
-        trainer = Trainer(case, rank)
+        trainer = Trainer(case, rank, device=device)
         for step in range(3):
             trainer.step(step)
         stats = trainer.optimizer.exchange.stats
