@@ -37,8 +37,7 @@ def enable(config: MuonConfig | None = None, **overrides: Any) -> MuonConfig:
         RuntimeError: If the Megatron version is not supported.
     """
     from megatron_muon.config import MuonConfig
-    from megatron_muon.megatron.entry import arguments
-    from megatron_muon.megatron.entry import seams as compat
+    from megatron_muon.megatron.entry import active, arguments, seams
 
     if config is not None and overrides:
         raise ValueError(
@@ -47,11 +46,11 @@ def enable(config: MuonConfig | None = None, **overrides: Any) -> MuonConfig:
         )
     if config is None:
         preset = overrides.pop("preset", arguments.DEFAULT_PRESET)
-        if compat.cpu_backend_installed():
+        if active.cpu_backend_installed():
             overrides |= arguments.settings_for_cpu(preset, overrides)
         config = MuonConfig.from_preset(preset, **overrides)
-    compat.install_core_seams()
-    compat.activate(config)
+    seams.install_core_seams()
+    active.activate(config)
     return config
 
 
@@ -84,10 +83,10 @@ def get_megatron_optimizer(
         NotImplementedError: If a setting or layout is not supported.
         RuntimeError: If neither `muon` nor `enable` gave settings, or ranks disagree.
     """
-    from megatron_muon.megatron.entry import seams as compat
+    from megatron_muon.megatron.entry.active import active_config
     from megatron_muon.megatron.optimizer import build
 
-    muon = muon or compat.active_config()
+    muon = muon or active_config()
     if muon is None:
         raise RuntimeError(
             "get_megatron_optimizer: Distributed Muon is not enabled in this process; call megatron_muon.enable() "

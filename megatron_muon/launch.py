@@ -52,10 +52,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_fused_kernels(cpu=device == "cpu")
     if device == "cpu":
         _install_cpu_backend()
-    from megatron_muon.megatron.entry import seams as compat
+    from megatron_muon.megatron.entry import seams
 
-    compat.install_core_seams()
-    compat.install_training_seams()
+    seams.install_core_seams()
+    seams.install_training_seams()
     runpy.run_path(options.script, run_name="__main__")
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from megatron_muon import cpu, launch
 from megatron_muon.config import MuonConfig
-from megatron_muon.megatron.entry import seams as compat
+from megatron_muon.megatron.entry import active
 from tests.distributed import RankError, run_ranks
 from tests.paths import TESTS
 from tests.seams import seams_removed_afterwards
@@ -127,14 +127,14 @@ json.dump(
         launch.main(
             ["--device", "cpu", path, "--use-distributed-optimizer", "--distributed-muon", "--muon-momentum", "0.5"]
         )
-        assert compat.active_config() == MuonConfig(momentum=0.5)
+        assert active.active_config() == MuonConfig(momentum=0.5)
 
     def test_without_the_flag_nothing_is_active(self, tmp_path: Path) -> None:
         path = script(
             tmp_path, "from megatron.training.arguments import parse_args\nassert parse_args().muon_momentum == 0.9\n"
         )
         launch.main(["--device", "cpu", path, "--optimizer", "muon"])
-        assert compat.active_config() is None
+        assert active.active_config() is None
 
     def test_says_on_rank_0_what_it_adds(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -9,11 +9,20 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from megatron_muon.megatron.entry.patching import Patch, apply_patches, mismatch_error
+
 from .flags import REQUIRED_FLAGS, cpu_arguments
-from .redirect import Redirect, apply_redirects, mismatch_error
 
-__all__ = ["REQUIRED_FLAGS", "all_redirects", "cpu_arguments", "emulate_fp8", "install", "is_installed"]
+__all__ = ["REQUIRED_FLAGS", "all_patches", "cpu_arguments", "emulate_fp8", "install", "is_installed"]
 
+VERIFIED_MEGATRON_CORE = "0.19.2"
+_WHAT = "the CPU backend"
+_REMEDY = (
+    f"it is verified with megatron-core {VERIFIED_MEGATRON_CORE}: pip install megatron-core=={VERIFIED_MEGATRON_CORE}, "
+    "or install a version of megatron_muon that was made for it"
+)
+
+# Whether `install` has run in this process; it alone sets it.
 _installed = False
 
 
@@ -22,11 +31,11 @@ def is_installed() -> bool:
     return _installed
 
 
-def all_redirects() -> list[Redirect]:
+def all_patches() -> list[Patch]:
     """Everything that `install()` replaces, each with its reason. Imports megatron.core."""
     from . import adam, collectives, devices, modules, runtime
 
-    return [redirect for part in (devices, collectives, modules, adam, runtime) for redirect in part.redirects()]
+    return [*devices.patches(), *collectives.PATCHES, *modules.PATCHES, *adam.PATCHES, *runtime.patches()]
 
 
 def emulate_fp8(model: nn.Module, recipe: str, fp8_format: str) -> list[str]:
@@ -56,15 +65,15 @@ def install() -> None:
             "or hide the devices: CUDA_VISIBLE_DEVICES= (empty)."
         )
     try:
-        table = all_redirects()
+        table = all_patches()
         from .products import has_bf16_products, install_fp32_products
         from .runtime import quiet_rng_tracker
     except ImportError as error:
         # Modules of Megatron that this package builds on, imported by its own.
         if error.name is None or error.name.partition(".")[0] != "megatron":
             raise
-        raise mismatch_error(str(error)) from error
-    apply_redirects(table)
+        raise mismatch_error(_WHAT, str(error), _REMEDY) from error
+    apply_patches(table, _WHAT, _REMEDY)
     quiet_rng_tracker()
     if not has_bf16_products():
         install_fp32_products()

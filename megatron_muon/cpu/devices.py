@@ -1,6 +1,6 @@
 """torch on a machine without CUDA, for code that asks for CUDA devices.
 
-Megatron-Core writes `device="cuda"` and `torch.cuda.current_device()` wherever it makes a tensor. These redirects
+Megatron-Core writes `device="cuda"` and `torch.cuda.current_device()` wherever it makes a tensor. These patches
 make such tensors on the CPU. Whatever does not name a CUDA device goes through untouched, and
 `torch.cuda.is_available()` stays False: DataLoader, torch.optim and torch.compile decide by it.
 
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
-from .redirect import Redirect
+from megatron_muon.megatron.entry.patching import Patch
 
 # The Megatron-Core checks on CUDA_DEVICE_MAX_CONNECTIONS are for devices older than this; they concern kernel queues.
 _COMPUTE_CAPABILITY = (10, 0)
@@ -33,60 +33,37 @@ def _is_cuda(device: Any) -> bool:
     return isinstance(device, int) and not isinstance(device, bool)
 
 
-def _factory(original: Callable[..., Any]) -> Callable[..., Any]:
+def _factory(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """A tensor factory whose `device` may name CUDA; pinned memory then is plain memory."""
-
-    def make_tensor(*args: Any, **kwargs: Any) -> Any:
-        if kwargs:
-            if _is_cuda(kwargs.get("device")):
-                kwargs["device"] = "cpu"
-            # Pinning is how a host tensor is made ready for a copy to the device; there is none.
-            kwargs.pop("pin_memory", None)
-        return original(*args, **kwargs)
-
-    return make_tensor
-
-
-def _tensor_to(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """`Tensor.to`, where the device may be the first argument."""
-
-    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args and _is_cuda(args[0]):
-            args = ("cpu", *args[1:])
-        if "device" in kwargs and _is_cuda(kwargs["device"]):
+    if kwargs:
+        if _is_cuda(kwargs.get("device")):
             kwargs["device"] = "cpu"
-        return original(self, *args, **kwargs)
+        # Pinning is how a host tensor is made ready for a copy to the device; there is none.
+        kwargs.pop("pin_memory", None)
+    return original(*args, **kwargs)
 
-    return to
+
+def _tensor_to(original: Callable[..., torch.Tensor], self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """`Tensor.to`, where the device may be the first argument."""
+    if args and _is_cuda(args[0]):
+        args = ("cpu", *args[1:])
+    if "device" in kwargs and _is_cuda(kwargs["device"]):
+        kwargs["device"] = "cpu"
+    return original(self, *args, **kwargs)
 
 
-def _tensor_cuda(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _tensor_cuda(original: Callable[..., torch.Tensor], self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     """`Tensor.cuda`: the tensor itself, as for a tensor that is on the device already."""
-
-    def cuda(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return self
-
-    return cuda
+    return self
 
 
 _CUDA_TYPE_NAMES = {f"torch.{name}": f"torch.cuda.{name}" for name in ("FloatTensor", "HalfTensor", "BFloat16Tensor")}
 
 
-def _tensor_type(original: Callable[..., Any]) -> Callable[..., Any]:
+def _tensor_type(original: Callable[..., Any], self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """`Tensor.type()` without arguments: the three names that Megatron-Core's optimizers compare with."""
-
-    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        result = original(self, *args, **kwargs)
-        return _CUDA_TYPE_NAMES.get(result, result) if isinstance(result, str) else result
-
-    return type_
-
-
-def _no_record_stream(original: Any) -> Callable[..., None]:
-    def record_stream(self: torch.Tensor, stream: Stream) -> None:
-        """Nothing: one stream, so no memory is reused early."""
-
-    return record_stream
+    result = original(self, *args, **kwargs)
+    return _CUDA_TYPE_NAMES.get(result, result) if isinstance(result, str) else result
 
 
 class Event:
@@ -222,55 +199,43 @@ def _manual_seed(seed: int) -> None:
     torch.default_generator.manual_seed(int(seed))
 
 
-def _use(replacement: Any) -> Callable[[Any], Any]:
-    """A `make` that does not need the original."""
-    return lambda original: replacement
-
-
-def _factory_redirects() -> list[Redirect]:
-    why = "tensors asked for on a CUDA device are made on the CPU"
+def patches() -> list[Patch]:
+    """The table of torch's device functions. Call it before any of them is replaced."""
+    tensors = "tensors asked for on a CUDA device are made on the CPU"
     # Reading the set fills its cache with the originals, by which `with torch.device(...)` knows factories.
     constructors = sorted(f.__name__ for f in _device_constructors() if hasattr(torch, f.__name__))
     like = ("empty_like", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like", "randint_like")
     new = ("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
+    driver, generator = "raises without a driver", "random numbers come from the CPU generator"
+    values: tuple[tuple[str, Any, str], ...] = (
+        ("Tensor.record_stream", lambda tensor, stream: None, "needs a CUDA stream; here no memory is reused early"),
+        ("cuda:current_device", lambda: 0, "raises without a driver; Megatron needs an int"),
+        ("cuda:set_device", lambda device: None, driver),
+        ("cuda:device_count", _device_count, "at 0 Megatron skips model-parallel set-up and seeds"),
+        ("cuda:current_stream", _get_current_stream, driver),
+        ("cuda:default_stream", _get_default_stream, driver),
+        ("cuda:set_stream", _set_stream, driver),
+        ("cuda:stream", StreamContext, "takes only CUDA streams"),
+        ("cuda:Stream", Stream, driver),
+        ("cuda:Event", Event, "record() raises without a driver"),
+        ("cuda:synchronize", lambda device=None: None, driver),
+        ("cuda:is_current_stream_capturing", lambda: False, driver),
+        ("cuda:get_device_properties", _device_properties, driver),
+        ("cuda:get_device_capability", lambda device=None: _COMPUTE_CAPABILITY, driver),
+        ("cuda:get_device_name", lambda device=None: "cpu", driver),
+        ("cuda:get_rng_state", _get_rng_state, generator),
+        ("cuda:set_rng_state", _set_rng_state, generator),
+        ("cuda:manual_seed", _manual_seed, generator),
+        ("_dynamo.config:disable", True, "torch.compile would build C++ kernels, slowly and with other roundings"),
+    )
     return [
-        *(Redirect(f"torch:{name}", _factory, why) for name in (*constructors, *like)),
-        *(Redirect(f"torch:Tensor.{name}", _factory, why) for name in new),
-    ]
-
-
-def redirects() -> list[Redirect]:
-    """The table of torch's device functions. Call it before any of them is applied."""
-    return [
-        *_factory_redirects(),
-        Redirect("torch:Tensor.to", _tensor_to, "a move to CUDA is none"),
-        Redirect("torch:Tensor.cuda", _tensor_cuda, "a move to CUDA is none"),
-        Redirect(
-            "torch:Tensor.type", _tensor_type, "optimizers sort parameters by names such as torch.cuda.FloatTensor"
-        ),
-        Redirect("torch:Tensor.record_stream", _no_record_stream, "needs a CUDA stream"),
-        Redirect("torch.cuda:current_device", _use(lambda: 0), "raises without a driver; Megatron needs an int"),
-        Redirect("torch.cuda:set_device", _use(lambda device: None), "raises without a driver"),
-        Redirect("torch.cuda:device_count", _use(_device_count), "at 0 Megatron skips model-parallel set-up and seeds"),
-        Redirect("torch.cuda:current_stream", _use(_get_current_stream), "raises without a driver"),
-        Redirect("torch.cuda:default_stream", _use(_get_default_stream), "raises without a driver"),
-        Redirect("torch.cuda:set_stream", _use(_set_stream), "raises without a driver"),
-        Redirect("torch.cuda:stream", _use(StreamContext), "takes only CUDA streams"),
-        Redirect("torch.cuda:Stream", _use(Stream), "raises without a driver"),
-        Redirect("torch.cuda:Event", _use(Event), "record() raises without a driver"),
-        Redirect("torch.cuda:synchronize", _use(lambda device=None: None), "raises without a driver"),
-        Redirect("torch.cuda:is_current_stream_capturing", _use(lambda: False), "raises without a driver"),
-        Redirect("torch.cuda:get_device_properties", _use(_device_properties), "raises without a driver"),
-        Redirect(
-            "torch.cuda:get_device_capability", _use(lambda device=None: _COMPUTE_CAPABILITY), "raises without a driver"
-        ),
-        Redirect("torch.cuda:get_device_name", _use(lambda device=None: "cpu"), "raises without a driver"),
-        Redirect("torch.cuda:get_rng_state", _use(_get_rng_state), "random numbers come from the CPU generator"),
-        Redirect("torch.cuda:set_rng_state", _use(_set_rng_state), "random numbers come from the CPU generator"),
-        Redirect("torch.cuda:manual_seed", _use(_manual_seed), "random numbers come from the CPU generator"),
-        Redirect(
-            "torch._dynamo.config:disable",
-            _use(True),
-            "torch.compile would build C++ kernels, slowly and with other roundings",
+        *(Patch(f"torch:{name}", _factory, tensors) for name in (*constructors, *like)),
+        *(Patch(f"torch:Tensor.{name}", _factory, tensors) for name in new),
+        Patch("torch:Tensor.to", _tensor_to, "a move to CUDA does nothing"),
+        Patch("torch:Tensor.cuda", _tensor_cuda, "a move to CUDA does nothing"),
+        Patch("torch:Tensor.type", _tensor_type, "optimizers sort parameters by names such as torch.cuda.FloatTensor"),
+        *(
+            Patch(f"torch{'.' if ':' in target else ':'}{target}", value, why, is_value=True)
+            for target, value, why in values
         ),
     ]

@@ -21,32 +21,34 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from .redirect import Redirect
+from megatron_muon.megatron.entry.patching import Patch
 
 # What Megatron-Core's arguments default to, and what this attention does; both give the same values.
 _CP_COMM_TYPES = (None, "p2p", "all_gather")
 
 
-def _torch_norm(original: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Module]:
+def _torch_norm(
+    original: Callable[..., torch.nn.Module],
+    cls: type,
+    config: TransformerConfig,
+    hidden_size: int,
+    eps: float = 1e-5,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.nn.Module:
     """`WrappedTorchNorm.__new__` that accepts sequence parallelism and marks the parameters for it."""
-
-    def new(
-        cls: type, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, *args: Any, **kwargs: Any
-    ) -> torch.nn.Module:
-        unsharded = copy.copy(config)
-        unsharded.sequence_parallel = False
-        norm = original(cls, unsharded, hidden_size, eps, *args, **kwargs)
-        # A norm acts on each token alone; only its gradients are partial sums over this rank's tokens. Megatron's
-        # finalize_model_grads adds them up over the tensor-parallel group for parameters with this mark. It also adds
-        # up MLA's q_layernorm, by its name, where without sequence parallelism each rank has the whole gradient: the
-        # average is then the gradient itself.
-        replicated = not config.sequence_parallel and getattr(config, "multi_latent_attention", False)
-        for parameter in norm.parameters():
-            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-            parameter.average_gradients_across_tp_domain = replicated  # type: ignore[attr-defined]
-        return norm
-
-    return new
+    unsharded = copy.copy(config)
+    unsharded.sequence_parallel = False
+    norm = original(cls, unsharded, hidden_size, eps, *args, **kwargs)
+    # A norm acts on each token alone; only its gradients are partial sums over this rank's tokens. Megatron's
+    # finalize_model_grads adds them up over the tensor-parallel group for parameters with this mark. It also adds
+    # up MLA's q_layernorm, by its name, where without sequence parallelism each rank has the whole gradient: the
+    # average is then the gradient itself.
+    replicated = not config.sequence_parallel and getattr(config, "multi_latent_attention", False)
+    for parameter in norm.parameters():
+        parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        parameter.average_gradients_across_tp_domain = replicated  # type: ignore[attr-defined]
+    return norm
 
 
 class CoreAttention(DotProductAttention):  # type: ignore[misc]
@@ -201,56 +203,45 @@ class CoreAttention(DotProductAttention):  # type: ignore[misc]
         self.current_max_attn_logits = largest
 
 
-def _mla_down_projection(original: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+def _mla_down_projection(
+    original: Callable[..., tuple[Tensor, Tensor]], self: Any, hidden_states: Tensor
+) -> tuple[Tensor, Tensor]:
     """Completes the gradient of MLA's shared rotary key under tensor parallelism.
 
     The local layer splits `linear_kv_down_proj` over the tensor-parallel ranks and gathers its output with a function
     whose backward keeps this rank's slice. For the rotary key, which each rank uses for its own heads only, the other
     ranks' heads are then missing from the gradient. Transformer Engine's layer is not split and has no such gather.
     """
-
-    def qkv_down_projection(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        q_compressed, kv_combined = original(self, hidden_states)
-        widths = [self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim]
-        if kv_combined.size(-1) == sum(widths):
-            return q_compressed, kv_combined
-        kv_combined = gather_from_tensor_model_parallel_region(kv_combined, group=self.tp_group)
-        if self.config.sequence_parallel:
-            # As an unsplit layer leaves it; the caller gathers the rotary key, and in backward sums its parts.
-            return q_compressed, scatter_to_sequence_parallel_region(kv_combined, group=self.tp_group)
-        compressed, rotary_key = kv_combined.split(widths, dim=-1)
-        rotary_key = copy_to_tensor_model_parallel_region(rotary_key, group=self.tp_group)
-        return q_compressed, torch.cat((compressed, rotary_key), dim=-1)
-
-    return qkv_down_projection
+    q_compressed, kv_combined = original(self, hidden_states)
+    widths = [self.config.kv_lora_rank, self.config.qk_pos_emb_head_dim]
+    if kv_combined.size(-1) == sum(widths):
+        return q_compressed, kv_combined
+    kv_combined = gather_from_tensor_model_parallel_region(kv_combined, group=self.tp_group)
+    if self.config.sequence_parallel:
+        # As an unsplit layer leaves it; the caller gathers the rotary key, and in backward sums its parts.
+        return q_compressed, scatter_to_sequence_parallel_region(kv_combined, group=self.tp_group)
+    compressed, rotary_key = kv_combined.split(widths, dim=-1)
+    rotary_key = copy_to_tensor_model_parallel_region(rotary_key, group=self.tp_group)
+    return q_compressed, torch.cat((compressed, rotary_key), dim=-1)
 
 
-def _core_attention(original: Callable[..., type]) -> Callable[..., type]:
-    def core_attention(self: Any) -> type:
-        return CoreAttention
-
-    return core_attention
-
-
-def redirects() -> list[Redirect]:
-    """The table of Megatron-Core's modules."""
-    return [
-        Redirect(
-            "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__",
-            _torch_norm,
-            "the local norm refuses sequence parallelism",
-            ("cls", "config", "hidden_size", "eps"),
-        ),
-        Redirect(
-            "megatron.core.models.backends:LocalSpecProvider.core_attention",
-            _core_attention,
-            "the local attention has neither MLA's head widths nor context parallelism",
-            ("self",),
-        ),
-        Redirect(
-            "megatron.core.transformer.multi_latent_attention:MLASelfAttention._qkv_down_projection",
-            _mla_down_projection,
-            "the local layer loses part of the rotary key's gradient under tensor parallelism",
-            ("self", "hidden_states"),
-        ),
-    ]
+PATCHES = (
+    Patch(
+        "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__",
+        _torch_norm,
+        "the local norm refuses sequence parallelism",
+        ("cls", "config", "hidden_size", "eps"),
+    ),
+    Patch(
+        "megatron.core.models.backends:LocalSpecProvider.core_attention",
+        lambda original, self: CoreAttention,
+        "the local attention has neither MLA's head widths nor context parallelism",
+        ("self",),
+    ),
+    Patch(
+        "megatron.core.transformer.multi_latent_attention:MLASelfAttention._qkv_down_projection",
+        _mla_down_projection,
+        "the local layer loses part of the rotary key's gradient under tensor parallelism",
+        ("self", "hidden_states"),
+    ),
+)

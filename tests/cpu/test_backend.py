@@ -1,4 +1,4 @@
-"""The CPU backend's redirects: what they do, what they leave alone, and how they refuse."""
+"""The CPU backend's patches: what they do, what they leave alone, and how they refuse."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon import cpu
-from megatron_muon.cpu.redirect import Redirect, apply_redirects, megatron_core_version
+from megatron_muon.megatron.entry.patching import Patch, apply_patches, undo
 from tests.distributed import run_ranks
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -22,11 +22,13 @@ from tests.distributed import run_ranks
 
 @pytest.fixture
 def victim() -> Iterator[types.ModuleType]:
-    """A module to redirect, so that no test replaces anything real."""
+    """A module to patch, so that no test replaces anything real."""
     module = types.ModuleType("victim")
     exec(
         "def greet(name, loudly=False):\n    return f'hello {name}'\n"
-        "class Thing:\n    @staticmethod\n    def make(size):\n        return size\n",
+        "class Thing:\n    size = 1\n    @staticmethod\n    def make(size):\n        return size\n"
+        "    @classmethod\n    def count(cls, size):\n        return size\n"
+        "class Child(Thing):\n    pass\n",
         module.__dict__,
     )
     sys.modules["victim"] = module
@@ -34,30 +36,46 @@ def victim() -> Iterator[types.ModuleType]:
     del sys.modules["victim"]
 
 
-def shouting(original: Any) -> Any:
-    def greet(name: str, loudly: bool = False) -> str:
-        return str(original(name)).upper()
-
-    return greet
+def shouting(original: Any, name: str, loudly: bool = False) -> str:
+    return str(original(name)).upper()
 
 
-def doubled(original: Any) -> Any:
-    def make(size: int) -> int:
-        return 2 * int(original(size))
-
-    return make
+def doubled(original: Any, size: int) -> int:
+    return 2 * int(original(size))
 
 
-def test_redirects_replace_functions_and_static_methods(victim: Any) -> None:
-    apply_redirects(
-        [
-            Redirect("victim:greet", shouting, "a test", ("name",)),
-            Redirect("victim:Thing.make", doubled, "a test", ("size",)),
-        ]
+def counted(original: Any, cls: Any, size: int) -> tuple[str, int]:
+    return cls.__name__, original(cls, size) + 1
+
+
+def apply(*patches: Patch) -> Any:
+    return apply_patches(patches, "a test", "mend it")
+
+
+def test_patches_replace_functions_and_methods_of_each_kind_and_can_be_undone(victim: Any) -> None:
+    holder: Any = types.ModuleType("holder")
+    holder.under_another_name, holder.own = victim.greet, 5
+    sys.modules["holder"] = holder
+    before = {name: vars(victim.Thing)[name] for name in ("make", "count")}
+    greet = victim.greet
+    applied = apply(
+        Patch("victim:greet", shouting, "a test", ("name",), by_name=True),
+        Patch("victim:Thing.make", doubled, "a test", ("size",), exact=True),
+        Patch("victim:Thing.count", counted, "a test", ("size",)),
+        Patch("victim:Child.size", 9, "a test", is_value=True),
     )
-    assert victim.greet("ann") == "HELLO ANN"
+    del sys.modules["holder"]
+    assert victim.greet("ann") == holder.under_another_name("ann") == "HELLO ANN"
     assert victim.greet.__name__ == "greet"
     assert (victim.Thing.make(3), victim.Thing().make(3)) == (6, 6)
+    assert (victim.Thing.count(3), victim.Child().count(3)) == (("Thing", 4), ("Child", 4))
+    assert (victim.Thing.size, victim.Child.size) == (1, 9)
+    # What somebody has replaced since is left alone.
+    victim.Thing.make = staticmethod(abs)
+    undo(applied)
+    assert victim.greet is holder.under_another_name is greet
+    assert vars(victim.Thing)["count"] is before["count"] and victim.Thing.make(-1) == 1
+    assert victim.Child.size == 1 and "size" not in vars(victim.Child)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +88,7 @@ def test_redirects_replace_functions_and_static_methods(victim: Any) -> None:
         (
             "victim:greet",
             ("name", "softly"),
-            "its parameters are (name, loudly), expected to begin with (name, softly)",
+            "got parameters (name, loudly), expected to begin with (name, softly)",
         ),
     ],
 )
@@ -79,14 +97,17 @@ def test_a_missing_or_changed_target_is_refused_and_nothing_replaced(
 ) -> None:
     original = victim.greet
     with pytest.raises(RuntimeError) as raised:
-        apply_redirects(
-            [Redirect("victim:greet", shouting, "a test"), Redirect(target, shouting, "a test", parameters)]
-        )
+        apply(Patch("victim:greet", shouting, "a test"), Patch(target, shouting, "a test", parameters))
     message = str(raised.value)
     assert problem in message
-    assert f"megatron-core {megatron_core_version()}" in message
-    assert "pip install megatron-core==0.19.2" in message
+    assert message.startswith("a test does not fit megatron-core 0.19.2")
     assert victim.greet is original
+
+
+def test_all_parameters_or_the_first_ones(victim: Any) -> None:
+    apply(Patch("victim:greet", shouting, "a test", ("name",)))
+    with pytest.raises(RuntimeError, match=r"got parameters \(name, loudly\), expected \(name\)"):
+        apply(Patch("victim:greet", shouting, "a test", ("name",), exact=True))
 
 
 def test_install_refuses_a_machine_with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,11 +122,11 @@ def test_install_refuses_a_machine_with_cuda(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_install_refuses_a_megatron_that_lacks_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    def table() -> list[Redirect]:
+    def table() -> list[Patch]:
         raise ModuleNotFoundError("No module named 'megatron.core.gone'", name="megatron.core.gone")
 
     monkeypatch.setattr(cpu, "_installed", False)
-    monkeypatch.setattr(cpu, "all_redirects", table)
+    monkeypatch.setattr(cpu, "all_patches", table)
     with pytest.raises(RuntimeError, match=r"does not fit megatron-core 0\.\d+.*No module named 'megatron.core.gone'"):
         cpu.install()
 
@@ -201,9 +222,9 @@ def idempotence(rank: int, world_size: int) -> None:
     before = (torch.zeros, torch.Tensor.to, dist.all_gather, torch.cuda.Stream)
     cpu.install()
     assert (torch.zeros, torch.Tensor.to, dist.all_gather, torch.cuda.Stream) == before
-    table = cpu.all_redirects()
-    assert len({redirect.target for redirect in table}) == len(table)
-    assert all(redirect.why for redirect in table)
+    table = cpu.all_patches()
+    assert len({patch.target for patch in table}) == len(table)
+    assert all(patch.why for patch in table)
 
 
 def test_a_second_install_does_nothing() -> None:

@@ -18,8 +18,7 @@ import torch
 from torch import nn
 
 from megatron_muon.config import MoeFp8, MuonConfig
-from megatron_muon.megatron.entry import arguments
-from megatron_muon.megatron.entry import seams as compat
+from megatron_muon.megatron.entry import active, arguments, seams
 from megatron_muon.megatron.entry.fp8_checks import RECIPES, Machine, check_arguments_fp8, this_machine
 from megatron_muon.megatron.model import expert_fp8 as moe_fp8
 from tests import models
@@ -242,14 +241,14 @@ def real_names(rank: int, world_size: int, model: str) -> None:
 
     layout = Layout(1)
     models.initialize(layout)
-    compat.install_core_seams()
+    seams.install_core_seams()
     recipe = load_quantization_recipe(str(moe_fp8.PRECISION_FILE))
     with mock.patch.object(MLP, "__init__", recording):
-        for active in (None, MuonConfig(moe_fp8="delayed")):
+        for config in (None, MuonConfig(moe_fp8="delayed")):
             names.clear()
-            compat.activate(active)
+            active.activate(config)
             chunk = models.make_chunks(model, layout, torch.float32)[0]
-            assert all(name is None for name in names) if active is None else all(name for name in names)
+            assert all(name is None for name in names) if config is None else all(name for name in names)
     # The dense layer's MLP, the experts, the shared expert: those at construction match what they match afterwards.
     matched = [get_quant_config_or_none(name, recipe) is not None for name in names]
     linears = [n for n, m in chunk.named_modules() if isinstance(m, ColumnParallelLinear | RowParallelLinear)]

@@ -120,9 +120,9 @@ def test_the_cpu_backend_refuses_kernels_of_cuda(site: Path, files: dict[str, st
 
 def test_start_up_asks_before_megatron_is_imported(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the seams that the launcher and `enable` install."""
-    from megatron_muon.megatron.entry import seams as compat
+    from megatron_muon.megatron.entry import seams
 
     write(site, {"apex/__init__.py": ""})
-    monkeypatch.setattr(compat, "check_megatron_version", lambda: pytest.fail("Megatron was imported first"))
+    monkeypatch.setattr(seams, "check_megatron_version", lambda: pytest.fail("Megatron was imported first"))
     with pytest.raises(RuntimeError, match="another project of that name"):
-        compat.install_core_seams()
+        seams.install_core_seams()

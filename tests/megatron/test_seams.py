@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -14,9 +15,10 @@ import torch
 
 import megatron_muon
 from megatron_muon.config import MuonConfig
-from megatron_muon.megatron.entry import seams as compat
+from megatron_muon.megatron.entry import active, seams
 from megatron_muon.megatron.entry.checks import check_megatron_version
 from tests.distributed import run_ranks
+from tests.paths import ROOT as REPOSITORY
 from tests.seams import seams_removed_afterwards
 
 
@@ -85,7 +87,7 @@ def test_mup_scales_adamws_matrices_and_leaves_muons_alone() -> None:
     for name, parameter in parameters.items():
         setattr(parameter, TAG, name == "mlp.linear_fc1.weight")
     adamw = {"output_layer.weight": pytest.approx(0.1), "word_embeddings.weight": None, "b": None}
-    compat.install_core_seams()
+    seams.install_core_seams()
     assert mup_learning_rates(parameters) == {"mlp.linear_fc1.weight": pytest.approx(0.1), **adamw}
     megatron_muon.enable(scale_mode="unit_rms_norm")
     assert mup_learning_rates(parameters) == {"mlp.linear_fc1.weight": None, **adamw}
@@ -98,7 +100,7 @@ class TestOptimizerSeam:
     def test_passes_through_until_enabled(self, built: list[Any]) -> None:
         import megatron.core.optimizer as stock
 
-        compat.install_core_seams()
+        seams.install_core_seams()
         assert stock.get_megatron_optimizer("config", ["chunk"], pg_collection="groups") == "stock"
         config = megatron_muon.enable(momentum=0.9)
         assert config == MuonConfig(momentum=0.9)
@@ -141,9 +143,9 @@ class TestOptimizerSeam:
 class TestEnable:
     def test_presets(self) -> None:
         config = megatron_muon.enable(preset="keller", momentum=0.9)
-        assert config == compat.active_config() == MuonConfig.from_preset("keller", momentum=0.9)
+        assert config == active.active_config() == MuonConfig.from_preset("keller", momentum=0.9)
         given = MuonConfig(ns_steps=3)
-        assert megatron_muon.enable(given) is compat.active_config() is given
+        assert megatron_muon.enable(given) is active.active_config() is given
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -159,10 +161,10 @@ class TestEnable:
     def test_bad_input_activates_nothing(self, arguments: dict[str, Any], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             megatron_muon.enable(**arguments)
-        assert compat.active_config() is None
+        assert active.active_config() is None
 
     def test_newton_schulz_is_fp32_on_the_cpu_backend(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(compat, "cpu_backend_installed", lambda: True)
+        monkeypatch.setattr(active, "cpu_backend_installed", lambda: True)
         assert megatron_muon.enable().ns_dtype == "fp32"
         assert megatron_muon.enable(ns_dtype="bf16").ns_dtype == "bf16"
 
@@ -183,52 +185,75 @@ class TestVersion:
     @pytest.mark.parametrize("version", ["0.18.1", "0.19.0rc1", "0.20.0rc0", "0.20.0", "1.0"])
     def test_unsupported(self, version: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr("megatron.core.package_info.__version__", version)
-        for install in (compat.install_core_seams, compat.install_training_seams, megatron_muon.enable):
+        for install in (seams.install_core_seams, seams.install_training_seams, megatron_muon.enable):
             with pytest.raises(
                 RuntimeError, match=rf"^megatron-core: got {version}, expected >=0\.19,<0\.20.*pip inst"
             ):
                 install()
-        assert compat.active_config() is None
+        assert active.active_config() is None
 
 
-class TestChangedTargets:
-    """A Megatron whose functions differ is refused, with its version."""
+SEAMS = {seam.target: seam for seam in (*seams.CORE, *seams.TRAINING)}
 
-    CORE: tuple[tuple[str, str], ...] = (
-        ("megatron.core.optimizer", "get_megatron_optimizer"),
-        ("megatron.core.distributed.distributed_data_parallel.DistributedDataParallel", "__init__"),
-    )
-    TRAINING: tuple[tuple[str, str], ...] = (
-        ("megatron.training.arguments", "parse_args"),
-        ("megatron.training.training", "wrap_model_chunks_with_ddp"),
-        ("megatron.training.models.dist_utils", "_ddp_wrap"),
-    )
 
-    @pytest.mark.parametrize(("owner", "name"), CORE + TRAINING)
-    def test_other_parameters(self, owner: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+class TestTable:
+    """A Megatron whose functions differ is refused, with its version; the document is the table's."""
+
+    @pytest.mark.parametrize("target", SEAMS)
+    def test_other_parameters(self, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
         def changed(something: Any, else_: Any) -> None: ...
 
-        monkeypatch.setattr(f"{owner}.{name}", changed)
-        with pytest.raises(
-            RuntimeError, match=rf"{name}: got parameters .*something.* in megatron-core 0\.19.*expected"
-        ):
-            self._install((owner, name))
+        monkeypatch.setattr(target.replace(":", "."), changed)
+        with pytest.raises(RuntimeError) as raised:
+            self._install(target)
+        message = str(raised.value)
+        assert message.startswith("megatron_muon does not fit megatron-core 0.19.2")
+        expected = "expected" if SEAMS[target].exact else "expected to begin with"
+        assert (
+            f"{target}: got parameters (something, else_), {expected} ({', '.join(SEAMS[target].parameters)})"
+            in message
+        )
 
-    @pytest.mark.parametrize(("owner", "name"), [entry for entry in CORE + TRAINING if entry[1] != "__init__"])
-    def test_missing(self, owner: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.delattr(f"{owner}.{name}")
-        with pytest.raises(RuntimeError, match=rf"{name}: missing in megatron-core 0\.19"):
-            self._install((owner, name))
+    @pytest.mark.parametrize("target", [target for target in SEAMS if "." not in target.partition(":")[2]])
+    def test_missing(self, target: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delattr(target.replace(":", "."))
+        with pytest.raises(RuntimeError, match=rf"{target}: there is no {target.partition(':')[2]} in megatron\."):
+            self._install(target)
 
-    def _install(self, target: tuple[str, str]) -> None:
-        compat.install_core_seams() if target in self.CORE else compat.install_training_seams()
+    def test_versions_that_need_no_seam_have_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        older = replace(SEAMS["megatron.core.optimizer.qk_clip:clip_qk"], versions="<0.19")
+        monkeypatch.setattr(seams, "CORE", (older,))
+        seams.install_core_seams()
+        assert seams._installed == {}
+
+    def test_removed_seams_leave_nothing(self) -> None:
+        import megatron.training.training as loop
+
+        functions = (loop.get_megatron_optimizer, loop.setup_model_and_optimizer)
+        seams.install_core_seams()
+        seams.install_training_seams()
+        assert all(
+            now is not then
+            for now, then in zip((loop.get_megatron_optimizer, loop.setup_model_and_optimizer), functions)
+        )
+        seams.remove_seams()
+        assert (loop.get_megatron_optimizer, loop.setup_model_and_optimizer) == functions
+
+    def test_the_document(self) -> None:
+        text = (REPOSITORY / "docs" / "seams.md").read_text()
+        assert seams.markdown() in text, (
+            "run: python -c 'from megatron_muon.megatron.entry import seams; print(seams.markdown())'"
+        )
+
+    def _install(self, target: str) -> None:
+        (seams.install_core_seams if SEAMS[target] in seams.CORE else seams.install_training_seams)()
 
 
 class TestParserSeam:
     def _parse(self, monkeypatch: pytest.MonkeyPatch, *words: str, **kwargs: Any) -> Namespace:
         from megatron.training import arguments
 
-        compat.install_training_seams()
+        seams.install_training_seams()
         monkeypatch.setattr(sys, "argv", ["pretrain_gpt.py", *words])
         args: Namespace = arguments.parse_args(**kwargs)
         return args
@@ -242,23 +267,23 @@ class TestParserSeam:
 
         args = self._parse(monkeypatch, *words, extra_args_provider=add_mine)
         assert args.mine == 7
-        assert compat.active_config() == MuonConfig(momentum=0.9)
+        assert active.active_config() == MuonConfig(momentum=0.9)
         # As inprocess_restart and ft_integration do, before the script.
         self._parse(monkeypatch, *words, ignore_unknown_args=True)
-        assert compat.active_config() == MuonConfig(momentum=0.9)
+        assert active.active_config() == MuonConfig(momentum=0.9)
         self._parse(monkeypatch)
-        assert compat.active_config() is None
+        assert active.active_config() is None
 
     def test_no_flag_leaves_what_enable_did(self, monkeypatch: pytest.MonkeyPatch) -> None:
         config = megatron_muon.enable()
         args = self._parse(monkeypatch)
-        assert compat.active_config() is config
+        assert active.active_config() is config
         assert not any("distributed_muon" in name for name in vars(args))
 
     def test_bad_input_activates_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match=r"--use-distributed-optimizer: got False"):
             self._parse(monkeypatch, "--distributed-muon")
-        assert compat.active_config() is None
+        assert active.active_config() is None
 
     def test_yaml_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(
@@ -339,7 +364,7 @@ def _train_every_way(rank: int, world_size: int) -> tuple[dict[str, Any], dict[s
 
     initialize(Layout(world_size))
     stock = _train("megatron.training.get_model")
-    compat.install_training_seams()
+    seams.install_training_seams()
     megatron_muon.enable()
     return stock, {how: _train(how) for how in WAYS}
 

@@ -16,12 +16,12 @@ from tests.te.fp8_runs import MODEL, is_fp8
 def fp8_weights(rank: int, world_size: int, recipe: Any, seam: bool) -> dict[str, bool]:
     """Name of each matrix -> whether its primary weight is FP8."""
     import megatron_muon
-    from megatron_muon.megatron.entry import seams as compat
+    from megatron_muon.megatron.entry import seams
     from megatron_muon.megatron.model.expert_fp8 import config_settings
 
     if seam:
         # It refuses Transformer Engine on a CPU, whose kernels are stood in for here.
-        compat.check_fused_kernels = lambda *, cpu: None
+        seams.check_fused_kernels = lambda *, cpu: None
         megatron_muon.enable(moe_fp8=recipe)
     layout = Layout(world_size, config={**config_settings(recipe), "fp8_param": True}, ddp={"fp8_param_gather": True})
     initialize(layout)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_muon.config import MuonConfig
+from megatron_muon.megatron.entry.active import active_config
 from megatron_muon.megatron.entry.checks import check_checkpoint_step, check_variant
 from megatron_muon.megatron.entry.messages import say
 from megatron_muon.state_keys import (
@@ -42,53 +43,45 @@ _GO_ON: dict[Kind, str] = {
     "distributed-muon": "add --distributed-muon",
 }
 
-Settings = Callable[[], MuonConfig | None]
-Seam = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+def load_global_dist_base_checkpoint(
+    original: Callable[..., Any],
+    load_dir: Any,
+    args: Any,
+    rank0: bool,
+    sharded_state_dict: Any,
+    iteration: int,
+    release: bool,
+    **rest: Any,
+) -> Any:
+    """The seam around Megatron's load of a torch_dist checkpoint."""
+    config = active_config()
+    adopts = False
+    if not rank0 and "optimizer" in (sharded_state_dict or {}):
+        adopts = _adopts(_directory(load_dir, iteration, release), _kind_of_run(args, config), config)
+    if adopts:
+        _ask_for_adamws(sharded_state_dict["optimizer"])
+    state, *others = original(load_dir, args, rank0, sharded_state_dict, iteration, release, **rest)
+    if adopts:
+        assert config is not None
+        state["optimizer"] = adopted(state["optimizer"], config)
+    return (state, *others)
 
 
-def loading_seam(settings: Settings) -> Seam:
-    """The seam around Megatron's load of a torch_dist checkpoint; `settings` gives those of Distributed Muon, if on."""
-
-    def seam(original: Callable[..., Any]) -> Callable[..., Any]:
-        def load(
-            load_dir: Any, args: Any, rank0: bool, sharded_state_dict: Any, iteration: int, release: bool, **rest: Any
-        ) -> Any:
-            config = settings()
-            adopts = False
-            if not rank0 and "optimizer" in (sharded_state_dict or {}):
-                adopts = _adopts(_directory(load_dir, iteration, release), _kind_of_run(args, config), config)
-            if adopts:
-                _ask_for_adamws(sharded_state_dict["optimizer"])
-            state, *others = original(load_dir, args, rank0, sharded_state_dict, iteration, release, **rest)
-            if adopts:
-                assert config is not None
-                state["optimizer"] = adopted(state["optimizer"], config)
-            return (state, *others)
-
-        return load
-
-    return seam
-
-
-def legacy_loading_seam(settings: Settings) -> Seam:
+def load_base_checkpoint(
+    original: Callable[..., Any], load_dir: Any, args: Any, rank0: bool = False, *rest: Any, **named: Any
+) -> Any:
     """The seam around Megatron's load of any checkpoint, which looks at what legacy files gave."""
+    from megatron.training.checkpointing import CheckpointType
 
-    def seam(original: Callable[..., Any]) -> Callable[..., Any]:
-        def load(load_dir: Any, args: Any, rank0: bool = False, *rest: Any, **named: Any) -> Any:
-            from megatron.training.checkpointing import CheckpointType
-
-            state, name, release, found = original(load_dir, args, rank0, *rest, **named)
-            loads_optimizer = not (rank0 or release or args.finetune or args.no_load_optim)
-            if found is CheckpointType.LEGACY and loads_optimizer and "optimizer" in state:
-                config = settings()
-                if config is not None:
-                    check_checkpoint_step(args, legacy=True)
-                _check_legacy(str(name), _legacy_kind(state["optimizer"]), _kind_of_run(args, config))
-            return state, name, release, found
-
-        return load
-
-    return seam
+    state, name, release, found = original(load_dir, args, rank0, *rest, **named)
+    loads_optimizer = not (rank0 or release or args.finetune or args.no_load_optim)
+    if found is CheckpointType.LEGACY and loads_optimizer and "optimizer" in state:
+        config = active_config()
+        if config is not None:
+            check_checkpoint_step(args, legacy=True)
+        _check_legacy(str(name), _legacy_kind(state["optimizer"]), _kind_of_run(args, config))
+    return state, name, release, found
 
 
 def _kind_of_run(args: Any, config: MuonConfig | None) -> Kind | None:

@@ -25,116 +25,84 @@ from megatron_muon.checkpoints.manifest import Manifest, TensorEntry
 from megatron_muon.checkpoints.reader import TRACKER
 from megatron_muon.config import MuonConfig
 from megatron_muon.megatron.checkpoint.writers import first_line
+from megatron_muon.megatron.entry.active import active_config
 from megatron_muon.megatron.entry.messages import say
-
-Settings = Callable[[], MuonConfig | None]
-Seam = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 # Megatron opens a checkpoint several times for one load: the directory whose files have been checked, its manifest.
 _checked: tuple[Path, Manifest | None] | None = None
 
 
-def saving_seam(settings: Settings) -> Seam:
+def save(original: Callable[..., Any], sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
     """The seam around `dist_checkpointing.save`, which writes a manifest when all else has been written."""
-
-    def seam(original: Callable[..., Any]) -> Callable[..., Any]:
-        def save(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
-            config = settings()
-            if config is None or _remote():
-                return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
-            directory = Path(checkpoint_dir)
-            _forget_manifest(directory)
-            with _explained(directory):
-                request = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
-                if request is None:
-                    write_manifest(directory, config)
-                    return None
-            # Asynchronous: Megatron calls these on every rank once all have written, and moves the tracker after them.
-            steps = [*request.finalize_fns, lambda: write_manifest(directory, config)]
-            request.finalize_fns[:] = [_explained(directory)(step) for step in steps]
-            return request
-
-        return save
-
-    return seam
-
-
-def legacy_saving_seam(settings: Settings) -> Seam:
-    """The seam around megatron.training's `save_checkpoint`, which writes a manifest of legacy files."""
-
-    def seam(original: Callable[..., Any]) -> Callable[..., Any]:
-        def save_checkpoint(iteration: int, *args: Any, **kwargs: Any) -> Any:
-            from megatron.training.checkpointing import get_checkpoint_name
-            from megatron.training.global_vars import get_args
-
-            config, flags = settings(), get_args()
-            if config is None or flags.use_dist_ckpt or kwargs.get("non_persistent_ckpt") or _remote():
-                return original(iteration, *args, **kwargs)
-            release = kwargs.get("release", False)
-            directory = Path(get_checkpoint_name(flags.save, iteration, release, return_base_dir=True))
-            _forget_manifest(directory)
-            with _explained(directory):
-                out = original(iteration, *args, **kwargs)
+    config = active_config()
+    if config is None or _remote():
+        return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+    directory = Path(checkpoint_dir)
+    _forget_manifest(directory)
+    with _explained(directory):
+        request = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        if request is None:
             write_manifest(directory, config)
-            return out
+            return None
+    # Asynchronous: Megatron calls these on every rank once all have written, and moves the tracker after them.
+    steps = [*request.finalize_fns, lambda: write_manifest(directory, config)]
+    request.finalize_fns[:] = [_explained(directory)(step) for step in steps]
+    return request
 
-        return save_checkpoint
 
-    return seam
+def save_checkpoint(original: Callable[..., Any], iteration: int, *args: Any, **kwargs: Any) -> Any:
+    """The seam around megatron.training's `save_checkpoint`, which writes a manifest of legacy files."""
+    from megatron.training.checkpointing import get_checkpoint_name
+    from megatron.training.global_vars import get_args
+
+    config, flags = active_config(), get_args()
+    if config is None or flags.use_dist_ckpt or kwargs.get("non_persistent_ckpt") or _remote():
+        return original(iteration, *args, **kwargs)
+    release = kwargs.get("release", False)
+    directory = Path(get_checkpoint_name(flags.save, iteration, release, return_base_dir=True))
+    _forget_manifest(directory)
+    with _explained(directory):
+        out = original(iteration, *args, **kwargs)
+    write_manifest(directory, config)
+    return out
 
 
-def opening_seam(settings: Settings) -> Seam:
+def get_checkpoint_format(original: Callable[..., Any], checkpoint_name: Any, args: Any) -> Any:
     """The seam around the function with which megatron.training first looks at a checkpoint it is to load."""
-
-    def seam(original: Callable[..., Any]) -> Callable[..., Any]:
-        def _get_checkpoint_format(checkpoint_name: Any, args: Any) -> Any:
-            config = settings()
-            if config is None or _remote():
-                return original(checkpoint_name, args)
-            directory = Path(checkpoint_name)
-            verified = config.verify_checkpoint and _verify_once(directory) is not None
-            try:
-                out = original(checkpoint_name, args)
-            except (NotImplementedError, OSError) as error:
-                raise _unfinished(directory, first_line(error)) from error
-            # What Megatron takes a torch_dist save for that has not been finished.
-            if out == "torch_dcp" and args.ckpt_format != out:
-                raise _unfinished(directory, "no metadata.json, which is written last")
-            if config.verify_checkpoint and not verified:
-                _say_unverified(directory)
-            return out
-
-        return _get_checkpoint_format
-
-    return seam
+    config = active_config()
+    if config is None or _remote():
+        return original(checkpoint_name, args)
+    directory = Path(checkpoint_name)
+    verified = config.verify_checkpoint and _verify_once(directory) is not None
+    try:
+        out = original(checkpoint_name, args)
+    except (NotImplementedError, OSError) as error:
+        raise _unfinished(directory, first_line(error)) from error
+    # What Megatron takes a torch_dist save for that has not been finished.
+    if out == "torch_dcp" and args.ckpt_format != out:
+        raise _unfinished(directory, "no metadata.json, which is written last")
+    if config.verify_checkpoint and not verified:
+        _say_unverified(directory)
+    return out
 
 
-def loading_seam(settings: Settings) -> Seam:
+def load(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The seam around `dist_checkpointing.load`, which refuses damaged checkpoints and those of another model."""
-
-    def seam(original: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(original)
-
-        def load(*args: Any, **kwargs: Any) -> Any:
-            config = settings()
-            bound = signature.bind(*args, **kwargs)
-            bound.apply_defaults()
-            given = bound.arguments
-            # Without this check of Megatron's a load is not collective, and single ranks may read what they like.
-            collective = given["validate_access_integrity"]
-            if config is not None and config.verify_checkpoint and collective and not _remote():
-                directory, group = Path(given["checkpoint_dir"]), given["process_group"]
-                found = _verify_once(directory, group)
-                _forget_checked()
-                if found is None:
-                    _say_unverified(directory)
-                else:
-                    verify_model(directory, found, given["sharded_state_dict"], group)
-            return original(*args, **kwargs)
-
-        return load
-
-    return seam
+    config = active_config()
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    # Without this check of Megatron's a load is not collective, and single ranks may read what they like.
+    collective = given["validate_access_integrity"]
+    if config is not None and config.verify_checkpoint and collective and not _remote():
+        directory, group = Path(given["checkpoint_dir"]), given["process_group"]
+        found = _verify_once(directory, group)
+        _forget_checked()
+        if found is None:
+            _say_unverified(directory)
+        else:
+            verify_model(directory, found, given["sharded_state_dict"], group)
+    return original(*args, **kwargs)
 
 
 def write_manifest(directory: Path, config: MuonConfig) -> None:

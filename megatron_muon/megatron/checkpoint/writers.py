@@ -14,54 +14,49 @@ from megatron_muon.checkpoints.manifest import named
 _WAIT_S = 1.0
 
 
-def writing_seam(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The seam around the function that writes a rank's file: Megatron keeps of its errors only the type."""
-
-    def write_preloaded_data(
-        transform_list: Any,
-        local_proc_idx: int,
-        write_bucket: Any,
-        results_queue: Any,
-        count_queue: Any,
-        use_fsync: bool,
-        **kwargs: Any,
-    ) -> Any:
-        output = original(transform_list, local_proc_idx, write_bucket, results_queue, count_queue, use_fsync, **kwargs)
-        # With a queue a thread has written, which may not raise.
-        if results_queue is None and isinstance(output[1], Exception):
-            name, _, contents = write_bucket
-            keys = [item.index.fqn for part in contents for item, _ in part]
-            free_bytes = shutil.disk_usage(Path(name).parent).free
-            raise OSError(
-                f"{name}: cannot be written ({first_line(_cause(output[1]))}), {free_bytes} bytes are free there"
-                f"{named(keys, 'lost')}"
-            ) from output[1]
-        return output
-
-    return write_preloaded_data
+def write_preloaded_data(
+    original: Callable[..., Any],
+    transform_list: Any,
+    local_proc_idx: int,
+    write_bucket: Any,
+    results_queue: Any,
+    count_queue: Any,
+    use_fsync: bool,
+    **kwargs: Any,
+) -> Any:
+    """The seam around the function that writes a rank's file, of whose errors Megatron keeps only the type."""
+    output = original(transform_list, local_proc_idx, write_bucket, results_queue, count_queue, use_fsync, **kwargs)
+    # With a queue a thread has written, which may not raise.
+    if results_queue is None and isinstance(output[1], Exception):
+        name, _, contents = write_bucket
+        keys = [item.index.fqn for part in contents for item, _ in part]
+        free_bytes = shutil.disk_usage(Path(name).parent).free
+        raise OSError(
+            f"{name}: cannot be written ({first_line(_cause(output[1]))}), {free_bytes} bytes are free there"
+            f"{named(keys, 'lost')}"
+        ) from output[1]
+    return output
 
 
-def waiting_seam(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The seam around the wait for a rank's persistent writer: Megatron waits for ever for one that was killed."""
-
-    def is_current_async_call_done(self: Any, blocking: bool = False, no_dist: bool = False) -> Any:
-        while self.process is not None and self.cur_item is None:
-            # Before the queue is looked at: what the writer has said before its end still counts.
-            alive = self.process.is_alive()
-            try:
-                self.cur_item = self._persistent_comp_q.get(blocking, _WAIT_S)
-            except queue.Empty:
-                if not alive:
-                    raise RuntimeError(
-                        f"the process that writes this rank's checkpoints (pid {self.process.pid}) has ended without "
-                        "having finished one, killed perhaps for want of memory; the checkpoint it was at is not "
-                        "complete and does not count. Start the run again with --load"
-                    ) from None
-                if not blocking:
-                    break
-        return original(self, blocking, no_dist)
-
-    return is_current_async_call_done
+def is_current_async_call_done(
+    original: Callable[..., Any], self: Any, blocking: bool = False, no_dist: bool = False
+) -> Any:
+    """The seam around the wait for a rank's persistent writer, which would not end if the writer was killed."""
+    while self.process is not None and self.cur_item is None:
+        # Before the queue is looked at: what the writer has said before its end still counts.
+        alive = self.process.is_alive()
+        try:
+            self.cur_item = self._persistent_comp_q.get(blocking, _WAIT_S)
+        except queue.Empty:
+            if not alive:
+                raise RuntimeError(
+                    f"the process that writes this rank's checkpoints (pid {self.process.pid}) has ended without "
+                    "having finished one, killed perhaps for want of memory; the checkpoint it was at is not "
+                    "complete and does not count. Start the run again with --load"
+                ) from None
+            if not blocking:
+                break
+    return original(self, blocking, no_dist)
 
 
 def _cause(error: BaseException) -> BaseException:

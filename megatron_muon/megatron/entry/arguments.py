@@ -19,7 +19,7 @@ from megatron_muon.matrices.user_rows import load_split_rows
 from megatron_muon.megatron.entry.checks import check_arguments, check_mup
 from megatron_muon.megatron.entry.fp8_checks import Machine, check_arguments_fp8, is_emulated
 from megatron_muon.megatron.entry.messages import say
-from megatron_muon.megatron.model import expert_fp8 as moe_fp8
+from megatron_muon.megatron.model import expert_fp8
 from megatron_muon.newton_schulz import ALIASES
 from megatron_muon.plan.links_file import load_links
 
@@ -188,9 +188,9 @@ def _apply_fp8(args: argparse.Namespace, config: MuonConfig, *, cpu: bool, machi
     if is_emulated(args, config.moe_fp8, cpu=cpu):
         say(f"--muon-moe-fp8 {config.moe_fp8}: the experts' products are emulated in fp32 on this CPU")
         return
-    for dest, value in moe_fp8.implied_arguments(config.moe_fp8).items():
+    for dest, value in expert_fp8.implied_arguments(config.moe_fp8).items():
         setattr(args, dest, value)
-        say(f"--muon-moe-fp8 {config.moe_fp8} sets {moe_fp8.spell(dest, value)}")
+        say(f"--muon-moe-fp8 {config.moe_fp8} sets {expert_fp8.spell(dest, value)}")
 
 
 def config_from_args(args: argparse.Namespace) -> MuonConfig:

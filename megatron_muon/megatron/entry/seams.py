@@ -1,65 +1,48 @@
-"""Runtime shims: where stock Megatron-Core is made to ask for Distributed Muon.
+"""The seams: functions of stock Megatron-Core that are replaced so that it asks for Distributed Muon.
 
-Each seam wraps one function, when asked to and once, and passes through to the original while Distributed Muon is not
-active in the process. A target that is missing or whose parameters have changed raises and names the version: a seam
-that no longer fits must not fall back to training without Muon.
-
-| seam | why there |
-|---|---|
-| `megatron.training.arguments.parse_args` | adds the flags, and completes the arguments before `validate_args` |
-| `DistributedDataParallel.__init__` | every loop wraps its model with it: tags decide which buffer a parameter gets |
-| `TransformerLayer.__init__` | with FP8 weights for experts alone, a layer needs its name while it is built |
-| `wrap_model_chunks_with_ddp`, `_ddp_wrap` | megatron.training computes DDP's layouts before it, and needs the tags |
-| `setup_model_and_optimizer` | the first function after the process groups are made: ranks compare their settings |
-| `get_megatron_optimizer` | every loop builds its optimizer with it |
-| `get_mup_config_overrides` | muP's multipliers for AdamW's matrices must not reach Muon's |
-| `clip_qk` | megatron.training clips with it once the optimizer has stepped; the optimizer has clipped already |
-| `_load_global_dist_base_checkpoint` | knows the checkpoint's directory and what is asked of it, before it is read |
-| `_load_base_checkpoint` | has read legacy files, and not yet given them to the optimizer |
-| `dist_checkpointing.save`, `.load` | a manifest ends every save, and is checked before a load, in every loop |
-| `FileSystemWriterAsync.write_preloaded_data` | knows which file could not be written; its callers drop that |
-| `PersistentAsyncCaller.is_current_async_call_done` | waits for ever for a writer that was killed |
-| `_get_checkpoint_format` | the first that looks at a checkpoint to be loaded, in every format |
-| `save_checkpoint` | legacy files are written there, by no function of their own |
+One table says what is replaced, in which versions, and why; installation, the test of changed targets and
+`docs/seams.md` are made from it. Each seam passes through to the original while Distributed Muon is not active in the
+process, but for those that say otherwise.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
 import inspect
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from megatron_muon.config import MuonConfig
+from megatron_muon.megatron.checkpoint import adoption, save_manifest, writers
 from megatron_muon.megatron.entry import arguments
+from megatron_muon.megatron.entry.active import activate_by_flags, active_config, cpu_backend_installed
 from megatron_muon.megatron.entry.agreement import agree_on_settings, settings_of
-from megatron_muon.megatron.entry.checks import check_megatron_version, check_mup
+from megatron_muon.megatron.entry.checks import SUPPORTED_VERSIONS, check_megatron_version, check_mup
 from megatron_muon.megatron.entry.kernels import check_fused_kernels
-from megatron_muon.megatron.model import expert_fp8 as moe_fp8
+from megatron_muon.megatron.entry.patching import Applied, Patch, apply_patches, undo
+from megatron_muon.megatron.model import expert_fp8
 
 if TYPE_CHECKING:
     from torch import nn
 
-# Attribute of a replacement, so that a second installation finds the first.
-SEAM_MARK = "__megatron_muon_seam__"
 
-# The one place that says whether, and with which settings, Distributed Muon is active in this process.
-_active: MuonConfig | None = None
+@dataclass(frozen=True, kw_only=True)
+class Seam(Patch):
+    """A patch with the versions of megatron-core that need it; elsewhere it is not installed.
+
+    Attributes:
+        versions: As for pip.
+        acts: When it does something other than call the original.
+    """
+
+    by_name: bool = True
+    versions: str = SUPPORTED_VERSIONS
+    acts: str = "with Distributed Muon"
 
 
-def activate(config: MuonConfig | None) -> None:
-    """Makes the installed seams use these settings from now on; None makes them pass through."""
-    global _active
-    _active = config
-
-
-def active_config() -> MuonConfig | None:
-    """The settings in use, or None if Distributed Muon is not active in this process."""
-    return _active
+# What has been installed in this process, by target. `install_*` add, `remove_seams` empties.
+_installed: dict[str, list[Applied]] = {}
 
 
 def install_core_seams() -> None:
@@ -71,226 +54,73 @@ def install_core_seams() -> None:
     """
     # Before Megatron is imported, which an incomplete library would fail.
     check_fused_kernels(cpu=cpu_backend_installed())
-    version = check_megatron_version()
-    from megatron.core import optimizer
-    from megatron.core.dist_checkpointing import serialization
-    from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-    from megatron.core.distributed import DistributedDataParallel
-    from megatron.core.transformer.transformer_layer import TransformerLayer
-
-    from megatron_muon.megatron.checkpoint import save_manifest as manifest
-    from megatron_muon.megatron.checkpoint import writers
-
-    _wrap(
-        optimizer,
-        "get_megatron_optimizer",
-        _optimizer_seam,
-        (
-            "config",
-            "model_chunks",
-            "config_overrides",
-            "use_gloo_process_groups",
-            "pg_collection",
-            "dump_param_to_param_group_map",
-        ),
-        version,
-    )
-    _wrap(
-        optimizer,
-        "get_mup_config_overrides",
-        _mup_seam,
-        ("config", "mup_width_mult", "optimizer_type"),
-        version,
-    )
-    _wrap(
-        importlib.import_module("megatron.core.optimizer.qk_clip"),
-        "clip_qk",
-        _clip_seam,
-        ("model", "log_max_only"),
-        version,
-    )
-    _wrap(
-        DistributedDataParallel,
-        "__init__",
-        _ddp_seam,
-        ("self", "config", "ddp_config", "module", "disable_bucketing", "pg_collection", "full_param_layout"),
-        version,
-    )
-    _wrap(
-        serialization,
-        "save",
-        manifest.saving_seam(active_config),
-        ("sharded_state_dict", "checkpoint_dir"),
-        version,
-        exact=False,
-    )
-    _wrap(
-        serialization,
-        "load",
-        manifest.loading_seam(active_config),
-        ("sharded_state_dict", "checkpoint_dir", "sharded_strategy", "validate_access_integrity"),
-        version,
-        exact=False,
-    )
-    _wrap(
-        FileSystemWriterAsync,
-        "write_preloaded_data",
-        writers.writing_seam,
-        ("transform_list", "local_proc_idx", "write_bucket", "results_queue", "count_queue", "use_fsync", "kwargs"),
-        version,
-    )
-    _wrap(
-        PersistentAsyncCaller,
-        "is_current_async_call_done",
-        writers.waiting_seam,
-        ("self", "blocking", "no_dist"),
-        version,
-    )
-    _wrap(
-        TransformerLayer,
-        "__init__",
-        _layer_seam,
-        ("self", "config", "submodules", "layer_number"),
-        version,
-        exact=False,
-    )
+    _install(CORE)
 
 
 def install_training_seams() -> None:
     """Installs the seams in megatron.training, whose loop takes its settings from flags. A second call does nothing.
 
     Raises:
-        RuntimeError: If a target has changed.
+        RuntimeError: If the Megatron version is not supported, or a target has changed.
     """
+    _install(TRAINING)
+
+
+def remove_seams() -> None:
+    """Gives Megatron its own functions back. For tests."""
+    for applied in reversed(_installed.values()):
+        undo(applied)
+    _installed.clear()
+
+
+def _install(seams: Sequence[Seam]) -> None:
     version = check_megatron_version()
-    modules = [importlib.import_module(f"megatron.training.{name}") for name in ("arguments", "training")]
-    from megatron_muon.megatron.checkpoint import adoption
-    from megatron_muon.megatron.checkpoint import save_manifest as manifest
+    from packaging.specifiers import SpecifierSet
 
-    dist_utils = importlib.import_module("megatron.training.models.dist_utils")
-    _wrap(modules[1], "setup_model_and_optimizer", _agreement_seam, ("model_type",), version, exact=False)
-    _wrap(modules[0], "parse_args", _parser_seam, ("extra_args_provider", "ignore_unknown_args"), version)
-    checkpointing = importlib.import_module("megatron.training.checkpointing")
-    opening, saving = manifest.opening_seam(active_config), manifest.legacy_saving_seam(active_config)
-    _wrap(checkpointing, "_get_checkpoint_format", opening, ("checkpoint_name", "args"), version)
-    _wrap(checkpointing, "save_checkpoint", saving, ("iteration", "model", "optimizer"), version, exact=False)
-    _wrap(
-        checkpointing,
-        "_load_global_dist_base_checkpoint",
-        adoption.loading_seam(active_config),
-        ("load_dir", "args", "rank0", "sharded_state_dict", "iteration", "release"),
-        version,
-        exact=False,
-    )
-    _wrap(
-        importlib.import_module("megatron.training.checkpointing"),
-        "_load_base_checkpoint",
-        adoption.legacy_loading_seam(active_config),
-        ("load_dir", "args", "rank0"),
-        version,
-        exact=False,
-    )
-    _wrap(modules[1], "wrap_model_chunks_with_ddp", _tagging_seam, ("model_chunks",), version, exact=False)
-    _wrap(dist_utils, "_ddp_wrap", _tagging_seam, ("model",), version, exact=False)
+    missing = [
+        seam
+        for seam in seams
+        if seam.target not in _installed and SpecifierSet(seam.versions).contains(version, prereleases=True)
+    ]
+    if missing:
+        applied = apply_patches(missing, "megatron_muon", "install a version of megatron_muon that was made for it")
+        _installed[missing[0].target] = applied
+        _installed.update({seam.target: [] for seam in missing[1:]})
 
 
-def cpu_backend_installed() -> bool:
-    """Whether this package's CPU backend serves this process."""
-    # Only asked once something has imported the backend: without it the answer is known.
-    backend = sys.modules.get("megatron_muon.cpu")
-    return backend is not None and bool(backend.is_installed())
+def get_megatron_optimizer(
+    original: Callable[..., Any],
+    config: Any,
+    model_chunks: list[Any],
+    config_overrides: Any = None,
+    use_gloo_process_groups: bool = True,
+    pg_collection: Any = None,
+    dump_param_to_param_group_map: str | None = None,
+) -> Any:
+    """Builds Distributed Muon's optimizer in the place of Megatron's."""
+    rest = (config_overrides, use_gloo_process_groups, pg_collection, dump_param_to_param_group_map)
+    muon = active_config()
+    if muon is None:
+        return original(config, model_chunks, *rest)
+    from megatron_muon.megatron.optimizer.build import get_megatron_optimizer as build
+
+    return build(config, model_chunks, *rest, muon=muon)
 
 
-def _wrap(
-    owner: Any,
-    name: str,
-    seam: Callable[[Callable[..., Any]], Callable[..., Any]],
-    parameters: tuple[str, ...],
-    version: str,
-    *,
-    exact: bool = True,
-) -> None:
-    """Replaces `owner.name` by `seam(original)`, there and in every module that holds the original by name.
-
-    Args:
-        parameters: The original's parameters, in order; with `exact` False, those it must begin with.
-        version: Megatron's version, for the message.
-
-    Raises:
-        RuntimeError: If the original is missing or has other parameters.
-    """
-    where = f"{owner.__module__}.{owner.__qualname__}" if inspect.isclass(owner) else owner.__name__
-    original = getattr(owner, name, None)
-    if original is None:
-        raise RuntimeError(
-            f"{where}.{name}: missing in megatron-core {version}, expected a function; this version of megatron_muon "
-            "does not fit it"
-        )
-    if hasattr(original, SEAM_MARK):
-        return
-    got = tuple(inspect.signature(original).parameters)
-    if (got if exact else got[: len(parameters)]) != parameters:
-        raise RuntimeError(
-            f"{where}.{name}: got parameters {got} in megatron-core {version}, expected {parameters}; this version of "
-            "megatron_muon does not fit it"
-        )
-    replacement = functools.wraps(original)(seam(original))
-    setattr(replacement, SEAM_MARK, True)
-    static = isinstance(inspect.getattr_static(owner, name), staticmethod)
-    setattr(owner, name, staticmethod(replacement) if static else replacement)
-    for module in list(sys.modules.values()):
-        # This package's own modules import originals to call them.
-        if not inspect.ismodule(module) or module.__name__.startswith("megatron_muon"):
-            continue
-        for attribute, value in list(vars(module).items()):
-            if value is original:
-                setattr(module, attribute, replacement)
-
-
-def _optimizer_seam(original: Callable[..., Any]) -> Callable[..., Any]:
-    def get_megatron_optimizer(
-        config: Any,
-        model_chunks: list[Any],
-        config_overrides: Any = None,
-        use_gloo_process_groups: bool = True,
-        pg_collection: Any = None,
-        dump_param_to_param_group_map: str | None = None,
-    ) -> Any:
-        rest = (config_overrides, use_gloo_process_groups, pg_collection, dump_param_to_param_group_map)
-        if _active is None:
-            return original(config, model_chunks, *rest)
-        from megatron_muon.megatron.optimizer.build import get_megatron_optimizer as build
-
-        return build(config, model_chunks, *rest, muon=_active)
-
-    return get_megatron_optimizer
-
-
-def _mup_seam(original: Callable[..., Any]) -> Callable[..., Any]:
-    def get_mup_config_overrides(config: Any, mup_width_mult: float, optimizer_type: str = "adam") -> Any:
-        overrides = original(config, mup_width_mult, optimizer_type)
-        if _active is None:
-            return overrides
-        check_mup(True, _active.scale_mode)
-        return {_without_muons(key): override for key, override in overrides.items()}
-
-    return get_mup_config_overrides
-
-
-def _clip_seam(original: Callable[..., float]) -> Callable[..., float]:
-    def clip_qk(model: list[Any], log_max_only: bool = False) -> float:
-        """Returns the largest attention logit of this rank's part of the model."""
-        from megatron_muon.megatron.optimizer.attention_clip import clip_of
-
-        clip = None if _active is None else clip_of(model)
-        return original(model, log_max_only) if clip is None else clip.largest
-
-    return clip_qk
+def get_mup_config_overrides(
+    original: Callable[..., Any], config: Any, mup_width_mult: float, optimizer_type: str = "adam"
+) -> Any:
+    """Takes Muon's parameters out of muP's overrides of learning rates."""
+    overrides = original(config, mup_width_mult, optimizer_type)
+    muon = active_config()
+    if muon is None:
+        return overrides
+    check_mup(True, muon.scale_mode)
+    return {_without_muons(key): override for key, override in overrides.items()}
 
 
 def _without_muons(key: Any) -> Any:
-    """A key of muP's overrides that matches what it did, but for the parameters that are tagged as Muon's."""
+    """A key of muP's overrides that matches what it did, except for the parameters that are tagged as Muon's."""
     from megatron_muon.megatron.model.routing import TAG
 
     predicate = key.with_name_predicate
@@ -301,100 +131,35 @@ def _without_muons(key: Any) -> Any:
     return replace(key, with_name_predicate=replace(predicate, name=f"{predicate.name}_of_adamw", fn=matches))
 
 
-def _ddp_seam(original: Callable[..., None]) -> Callable[..., None]:
-    def __init__(
-        self: Any,
-        config: Any,
-        ddp_config: Any,
-        module: nn.Module,
-        disable_bucketing: bool = False,
-        pg_collection: Any = None,
-        full_param_layout: Any = None,
-    ) -> None:
-        # A model without DistributedOptimizer, such as a frozen reference model, is not Muon's to train.
-        if _active is not None and ddp_config.use_distributed_optimizer:
-            emulate = sys.modules["megatron_muon.cpu"].emulate_fp8 if cpu_backend_installed() else None
-            moe_fp8.prepare_model(module, _active.moe_fp8, emulate=emulate)
-            _tag([module])
-            if full_param_layout is not None and not _fits(full_param_layout, module, ddp_config):
-                # Computed from the untagged parameters; DDP computes the same layout for the tagged ones.
-                full_param_layout = None
-        original(self, config, ddp_config, module, disable_bucketing, pg_collection, full_param_layout)
+def clip_qk(original: Callable[..., float], model: list[Any], log_max_only: bool = False) -> float:
+    """Returns the largest attention logit of this rank's part of the model, which the optimizer has clipped."""
+    from megatron_muon.megatron.optimizer.attention_clip import clip_of
 
-    return __init__
+    clip = None if active_config() is None else clip_of(model)
+    return original(model, log_max_only) if clip is None else clip.largest
 
 
-def _layer_seam(original: Callable[..., None]) -> Callable[..., None]:
-    def __init__(self: Any, config: Any, submodules: Any, layer_number: int = 1, *args: Any, **kwargs: Any) -> None:
-        if _active is not None and _active.moe_fp8 != "off":
-            kwargs["name"] = moe_fp8.layer_name(kwargs.get("name"), layer_number)
-        original(self, config, submodules, layer_number, *args, **kwargs)
-
-    return __init__
-
-
-def _tagging_seam(original: Callable[..., Any]) -> Callable[..., Any]:
-    first = next(iter(inspect.signature(original).parameters))
-
-    def tag_then_wrap(*args: Any, **kwargs: Any) -> Any:
-        if _active is not None:
-            _tag(args[0] if args else kwargs[first])
-        return original(*args, **kwargs)
-
-    return tag_then_wrap
-
-
-def _parser_seam(original: Callable[..., Namespace]) -> Callable[..., Namespace]:
-    from_flags: MuonConfig | None = None
-
-    def parse_args(
-        extra_args_provider: Callable[[ArgumentParser], ArgumentParser] | None = None,
-        ignore_unknown_args: bool = False,
-    ) -> Namespace:
-        nonlocal from_flags
-        changes: arguments.ParserChanges | None = None
-
-        def add_flags(parser: ArgumentParser) -> ArgumentParser:
-            nonlocal changes
-            changes = arguments.add_arguments(parser)
-            return parser if extra_args_provider is None else extra_args_provider(parser)
-
-        args = original(add_flags, ignore_unknown_args)
-        assert changes is not None, "Megatron's parse_args did not call extra_args_provider"
-        if getattr(args, "yaml_cfg", None) is not None:
-            # The YAML's values replace everything parsed; it knows none of the flags.
-            if "--distributed-muon" in sys.argv:
-                raise NotImplementedError(
-                    "--yaml-cfg: got a file, expected none with --distributed-muon, which a YAML cannot express; give "
-                    "the run's settings as flags"
-                )
-            return args
-        config = arguments.apply(args, changes, cpu=cpu_backend_installed())
-        # Arguments without --distributed-muon end what earlier ones began, but not what `enable` did.
-        if config is not None or (from_flags is not None and _active is from_flags):
-            activate(config)
-        from_flags = config
-        return args
-
-    return parse_args
-
-
-def _agreement_seam(original: Callable[..., Any]) -> Callable[..., Any]:
-    def setup_model_and_optimizer(*args: Any, **kwargs: Any) -> Any:
-        from megatron.training.global_vars import get_args
-
-        # Also without --distributed-muon: on another rank it may be given.
-        agree_on_settings(settings_of(_active, get_args()))
-        return original(*args, **kwargs)
-
-    return setup_model_and_optimizer
-
-
-def _tag(model_chunks: list[nn.Module]) -> None:
-    from megatron_muon.megatron.model.routing import tag_parameters
-
-    assert _active is not None
-    tag_parameters(model_chunks, _active)
+def init_ddp(
+    original: Callable[..., None],
+    self: Any,
+    config: Any,
+    ddp_config: Any,
+    module: nn.Module,
+    disable_bucketing: bool = False,
+    pg_collection: Any = None,
+    full_param_layout: Any = None,
+) -> None:
+    """Tags Muon's parameters before DDP makes its buffers."""
+    muon = active_config()
+    # A model without DistributedOptimizer, such as a frozen reference model, is not Muon's to train.
+    if muon is not None and ddp_config.use_distributed_optimizer:
+        emulate = sys.modules["megatron_muon.cpu"].emulate_fp8 if cpu_backend_installed() else None
+        expert_fp8.prepare_model(module, muon.moe_fp8, emulate=emulate)
+        _tag([module])
+        if full_param_layout is not None and not _fits(full_param_layout, module, ddp_config):
+            # Computed from the untagged parameters; DDP computes the same layout for the tagged ones.
+            full_param_layout = None
+    original(self, config, ddp_config, module, disable_bucketing, pg_collection, full_param_layout)
 
 
 def _fits(layout: Any, module: nn.Module, ddp_config: Any) -> bool:
@@ -407,3 +172,212 @@ def _fits(layout: Any, module: nn.Module, ddp_config: Any) -> bool:
         set(members) == set(layout.layouts[key].param_index_map) and indices == layout.layouts[key].param_indices
         for key, (members, indices) in groups.items()
     )
+
+
+def init_transformer_layer(
+    original: Callable[..., None],
+    self: Any,
+    config: Any,
+    submodules: Any,
+    layer_number: int = 1,
+    *args: Any,
+    **kwargs: Any,
+) -> None:
+    """Gives a layer its name while it is built."""
+    muon = active_config()
+    if muon is not None and muon.moe_fp8 != "off":
+        kwargs["name"] = expert_fp8.layer_name(kwargs.get("name"), layer_number)
+    original(self, config, submodules, layer_number, *args, **kwargs)
+
+
+def tag_then_wrap(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Tags Muon's parameters of the model chunks, the first argument, before Megatron computes layouts from them."""
+    if active_config() is not None:
+        _tag(args[0] if args else kwargs[next(iter(inspect.signature(original).parameters))])
+    return original(*args, **kwargs)
+
+
+def _tag(model_chunks: list[nn.Module]) -> None:
+    from megatron_muon.megatron.model.routing import tag_parameters
+
+    muon = active_config()
+    assert muon is not None
+    tag_parameters(model_chunks, muon)
+
+
+def parse_args(
+    original: Callable[..., Namespace],
+    extra_args_provider: Callable[[ArgumentParser], ArgumentParser] | None = None,
+    ignore_unknown_args: bool = False,
+) -> Namespace:
+    """Adds the flags, and completes the arguments before Megatron's `validate_args`."""
+    changes: arguments.ParserChanges | None = None
+
+    def add_flags(parser: ArgumentParser) -> ArgumentParser:
+        nonlocal changes
+        changes = arguments.add_arguments(parser)
+        return parser if extra_args_provider is None else extra_args_provider(parser)
+
+    args = original(add_flags, ignore_unknown_args)
+    assert changes is not None, "Megatron's parse_args did not call extra_args_provider"
+    if getattr(args, "yaml_cfg", None) is not None:
+        # The YAML's values replace everything parsed; it knows none of the flags.
+        if "--distributed-muon" in sys.argv:
+            raise NotImplementedError(
+                "--yaml-cfg: got a file, expected none with --distributed-muon, which a YAML cannot express; give "
+                "the run's settings as flags"
+            )
+        return args
+    activate_by_flags(arguments.apply(args, changes, cpu=cpu_backend_installed()))
+    return args
+
+
+def setup_model_and_optimizer(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Compares the ranks' settings before the model is built. Collective over the world, also without the flag."""
+    from megatron.training.global_vars import get_args
+
+    agree_on_settings(settings_of(active_config(), get_args()))
+    return original(*args, **kwargs)
+
+
+_CHECKPOINTING = "megatron.core.dist_checkpointing"
+CORE: tuple[Seam, ...] = (
+    Seam(
+        target="megatron.core.optimizer:get_megatron_optimizer",
+        replacement=get_megatron_optimizer,
+        why="every loop builds its optimizer with it",
+        parameters=(
+            *("config", "model_chunks", "config_overrides", "use_gloo_process_groups", "pg_collection"),
+            "dump_param_to_param_group_map",
+        ),
+        exact=True,
+    ),
+    Seam(
+        target="megatron.core.optimizer:get_mup_config_overrides",
+        replacement=get_mup_config_overrides,
+        why="muP's multipliers for AdamW's matrices must not reach Muon's",
+        parameters=("config", "mup_width_mult", "optimizer_type"),
+        exact=True,
+    ),
+    Seam(
+        target="megatron.core.optimizer.qk_clip:clip_qk",
+        replacement=clip_qk,
+        why="megatron.training clips after the optimizer's step, which has clipped already",
+        parameters=("model", "log_max_only"),
+        exact=True,
+    ),
+    Seam(
+        target="megatron.core.distributed:DistributedDataParallel.__init__",
+        replacement=init_ddp,
+        why="every loop wraps its model with it, and tags decide which buffer a parameter gets",
+        parameters=(
+            *("self", "config", "ddp_config", "module", "disable_bucketing", "pg_collection", "full_param_layout"),
+        ),
+        exact=True,
+    ),
+    Seam(
+        target="megatron.core.transformer.transformer_layer:TransformerLayer.__init__",
+        replacement=init_transformer_layer,
+        why="with FP8 weights for experts alone, a layer needs its name while it is built",
+        parameters=("self", "config", "submodules", "layer_number"),
+        acts="with --muon-moe-fp8",
+    ),
+    Seam(
+        target=f"{_CHECKPOINTING}.serialization:save",
+        replacement=save_manifest.save,
+        why="a manifest ends every save, in every loop",
+        parameters=("sharded_state_dict", "checkpoint_dir"),
+    ),
+    Seam(
+        target=f"{_CHECKPOINTING}.serialization:load",
+        replacement=save_manifest.load,
+        why="a checkpoint is checked before anything is read from it",
+        parameters=("sharded_state_dict", "checkpoint_dir", "sharded_strategy", "validate_access_integrity"),
+    ),
+    Seam(
+        target=f"{_CHECKPOINTING}.strategies.filesystem_async:FileSystemWriterAsync.write_preloaded_data",
+        replacement=writers.write_preloaded_data,
+        why="it knows which file could not be written, which its callers leave out of the error",
+        parameters=(
+            *("transform_list", "local_proc_idx", "write_bucket", "results_queue", "count_queue", "use_fsync"),
+            "kwargs",
+        ),
+        exact=True,
+        acts="always",
+    ),
+    Seam(
+        target=f"{_CHECKPOINTING}.strategies.async_utils:PersistentAsyncCaller.is_current_async_call_done",
+        replacement=writers.is_current_async_call_done,
+        why="it waits for ever for a writer that was killed",
+        parameters=("self", "blocking", "no_dist"),
+        exact=True,
+        acts="always",
+    ),
+)
+TRAINING: tuple[Seam, ...] = (
+    Seam(
+        target="megatron.training.arguments:parse_args",
+        replacement=parse_args,
+        why="adds the flags, and completes the arguments before `validate_args`",
+        parameters=("extra_args_provider", "ignore_unknown_args"),
+        exact=True,
+        acts="always",
+    ),
+    Seam(
+        target="megatron.training.training:setup_model_and_optimizer",
+        replacement=setup_model_and_optimizer,
+        why="the first function after the process groups are made: ranks compare their settings",
+        parameters=("model_type",),
+        acts="always",
+    ),
+    Seam(
+        target="megatron.training.training:wrap_model_chunks_with_ddp",
+        replacement=tag_then_wrap,
+        why="computes DDP's layouts before DDP does, and needs the tags",
+        parameters=("model_chunks",),
+    ),
+    Seam(
+        target="megatron.training.models.dist_utils:_ddp_wrap",
+        replacement=tag_then_wrap,
+        why="computes DDP's layouts before DDP does, and needs the tags",
+        parameters=("model",),
+    ),
+    Seam(
+        target="megatron.training.checkpointing:_get_checkpoint_format",
+        replacement=save_manifest.get_checkpoint_format,
+        why="the first that looks at a checkpoint to be loaded, in every format",
+        parameters=("checkpoint_name", "args"),
+        exact=True,
+    ),
+    Seam(
+        target="megatron.training.checkpointing:save_checkpoint",
+        replacement=save_manifest.save_checkpoint,
+        why="legacy files are written there, not in a function of their own",
+        parameters=("iteration", "model", "optimizer"),
+        acts="with Distributed Muon and --ckpt-format torch",
+    ),
+    Seam(
+        target="megatron.training.checkpointing:_load_global_dist_base_checkpoint",
+        replacement=adoption.load_global_dist_base_checkpoint,
+        why="knows a checkpoint's directory and what is asked of it, before it is read",
+        parameters=("load_dir", "args", "rank0", "sharded_state_dict", "iteration", "release"),
+        acts="always: stock optimizers cannot continue Distributed Muon's checkpoints, and are told so",
+    ),
+    Seam(
+        target="megatron.training.checkpointing:_load_base_checkpoint",
+        replacement=adoption.load_base_checkpoint,
+        why="has read legacy files, and not yet given them to the optimizer",
+        parameters=("load_dir", "args", "rank0"),
+        acts="always: stock optimizers cannot continue Distributed Muon's checkpoints, and are told so",
+    ),
+)
+
+
+def markdown() -> str:
+    """The table of seams, as `docs/seams.md` has it."""
+    rows = [
+        f"| `{seam.target}` | {seam.why} | {seam.acts} | `{seam.versions}` |"
+        for table in (CORE, TRAINING)
+        for seam in table
+    ]
+    return "\n".join(("| function | why there | acts | megatron-core |", "|---|---|---|---|", *rows)) + "\n"
