@@ -7,11 +7,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
-import torch
-
-from megatron_muon.newton_schulz import BACKEND_DTYPES, BackendName, Iteration, coefficients, scaling_for
+from megatron_muon.newton_schulz.coefficients import coefficients, scaling_for
+from megatron_muon.newton_schulz.names import BackendName, Iteration
 
 Preset = Literal["moonlight", "megatron", "deepseek-v4", "keller"]
 Variant = Literal["muon", "normuon", "adamuon"]
@@ -28,9 +27,26 @@ RouterOptimizer = Literal["muon", "adam"]
 InitFromAdamW = Literal["refuse", "momentum", "fresh"]
 MoeFp8 = Literal["off", "delayed", "tensorwise", "blockwise", "mxfp8"]
 
-TORCH_DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
-    {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-)
+Group = Literal["update", "Newton-Schulz", "matrices", "exchange", "logging", "checkpoints", "FP8"]
+
+if TYPE_CHECKING:
+    import torch
+
+    TORCH_DTYPES: Mapping[str, torch.dtype]
+
+
+def __getattr__(name: str) -> Any:
+    # The flags and their help are made without torch, which takes seconds to import.
+    if name == "TORCH_DTYPES":
+        import torch
+
+        return MappingProxyType({"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32})
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _setting(group: Group, default: Any, text: str, *, is_file: bool = False) -> Any:
+    """A field with what its flag needs: the group it is shown in, its help, and whether it names a file to be read."""
+    return field(default=default, metadata={"group": group, "help": text, "is_file": is_file})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,140 +59,118 @@ class MuonConfig:
         ValueError: If a value is outside its range or not among its choices; the message names the field.
     """
 
-    variant: Variant = field(
-        default="muon",
-        metadata={
-            "help": "what the orthogonalized matrix is divided by: muon: nothing; normuon: the root of a running mean "
-            "square of each row of the long side; adamuon: that of each element, after orthogonalizing signs"
-        },
+    variant: Variant = _setting(
+        "update",
+        "muon",
+        "what the orthogonalized matrix is divided by: muon: nothing; normuon: the root of a running "
+        "mean square of each row of the long side; adamuon: that of each element, after orthogonalizing "
+        "signs",
     )
-    momentum: float = field(default=0.95, metadata={"help": "decay of the momentum buffer, m = momentum*m + gradient"})
-    momentum_form: MomentumForm = field(
-        default="heavy_ball",
-        metadata={"help": "ema weighs gradients with 1 - momentum; the update is the same but for rounding"},
+    momentum: float = _setting("update", 0.95, "decay of the momentum buffer, m = momentum*m + gradient")
+    momentum_form: MomentumForm = _setting(
+        "update", "heavy_ball", "ema weighs gradients with 1 - momentum; the update is the same but for rounding"
     )
-    momentum_dtype: MomentumDtype = field(
-        default="fp32", metadata={"help": "dtype of the momentum buffer; bf16 rounds stochastically"}
+    momentum_dtype: MomentumDtype = _setting(
+        "update", "fp32", "dtype of the momentum buffer; bf16 rounds stochastically"
     )
-    nesterov: bool = field(default=True, metadata={"help": "orthogonalize gradient + momentum*m instead of m"})
-    beta2: float = field(default=0.95, metadata={"help": "decay of the mean squares of normuon and adamuon"})
-    second_moment_eps: float = field(
-        default=1e-8,
-        metadata={"help": "least mean square that normuon divides by; what adamuon adds to the root"},
+    nesterov: bool = _setting("update", True, "orthogonalize gradient + momentum*m instead of m")
+    beta2: float = _setting("update", 0.95, "decay of the mean squares of normuon and adamuon")
+    second_moment_eps: float = _setting(
+        "update", 1e-08, "least mean square that normuon divides by; what adamuon adds to the root"
     )
-    cautious_weight_decay: bool = field(
-        default=False, metadata={"help": "decay only the weights that the update shrinks as well"}
+    cautious_weight_decay: bool = _setting("update", False, "decay only the weights that the update shrinks as well")
+    scale_mode: ScaleMode = _setting(
+        "update",
+        "rms",
+        "factor on the orthogonalized matrix: rms: update_rms*sqrt(max(rows, cols)); spectral: "
+        "sqrt(max(rows, cols)); unit_rms_norm: sqrt(rows/cols); shape_scaling: sqrt(max(1, rows/cols))",
     )
-    coefficients: str = field(default="keller", metadata={"help": "Newton-Schulz coefficient set"})
-    ns_steps: int = field(default=5, metadata={"help": "Newton-Schulz iterations"})
-    ns_dtype: FloatDtype = field(default="bf16", metadata={"help": "dtype of the Newton-Schulz iterations"})
-    ns_backend: BackendName = field(
-        default="torch",
-        metadata={
-            "help": "what runs Newton-Schulz: torch, or on CUDA the kernels of emerging-optimizers (bf16) or of "
-            "gram-newton-schulz (bf16, fp16), which need max_team_size 1"
-        },
+    update_rms: float = _setting(
+        "update", 0.2, "root mean square of an update that scale mode rms aims at; 0.2 is AdamW's"
     )
-    ns_method: Iteration = field(
-        default="auto",
-        metadata={"help": "iterate on the matrix, or on its Gram matrix (not in bf16); auto: the cheaper by shape"},
+    extra_scale_factor: float = _setting("update", 1.0, "another factor on every update")
+    coefficients: str = _setting("Newton-Schulz", "keller", "Newton-Schulz coefficient set")
+    ns_steps: int = _setting("Newton-Schulz", 5, "Newton-Schulz iterations")
+    ns_dtype: FloatDtype = _setting("Newton-Schulz", "bf16", "dtype of the Newton-Schulz iterations")
+    ns_backend: BackendName = _setting(
+        "Newton-Schulz",
+        "torch",
+        "what runs Newton-Schulz: torch, or on CUDA the kernels of emerging-optimizers (bf16) or of "
+        "gram-newton-schulz (bf16, fp16), which need max_team_size 1",
     )
-    exchange_dtype: ExchangeDtype = field(
-        default="bf16", metadata={"help": "dtype of slices on the wire, to the owner and back"}
+    ns_method: Iteration = _setting(
+        "Newton-Schulz",
+        "auto",
+        "iterate on the matrix, or on its Gram matrix (not in bf16); auto: the cheaper by shape",
     )
-    scale_mode: ScaleMode = field(
-        default="rms",
-        metadata={
-            "help": "factor on the orthogonalized matrix: rms: update_rms*sqrt(max(rows, cols)); "
-            "spectral: sqrt(max(rows, cols)); unit_rms_norm: sqrt(rows/cols); shape_scaling: sqrt(max(1, rows/cols))",
-        },
+    qkv_split: QkvSplit = _setting(
+        "matrices",
+        "qkv",
+        "what of a fused QKV weight is orthogonalized as one: all of it; its Q, K and V; those of each "
+        "query group; those of each head",
     )
-    update_rms: float = field(
-        default=0.2, metadata={"help": "root mean square of an update that scale mode rms aims at; 0.2 is AdamW's"}
+    mla_split: MlaSplit = _setting(
+        "matrices",
+        "none",
+        "what of a weight of multi-head latent attention is orthogonalized as one: all of it; its parts "
+        "(with and without rotary positions, keys, values); those of each head, and the output "
+        "projection's heads",
     )
-    extra_scale_factor: float = field(default=1.0, metadata={"help": "another factor on every update"})
-    qkv_split: QkvSplit = field(
-        default="qkv",
-        metadata={
-            "help": "what of a fused QKV weight is orthogonalized as one: all of it; its Q, K and V; those of each "
-            "query group; those of each head"
-        },
+    split_gated: bool = _setting("matrices", True, "orthogonalize gate and up of a fused gated-MLP weight separately")
+    splits: str = _setting(
+        "matrices",
+        "",
+        "YAML file of rows that say which parameters are Muon's and how they are split; empty: none",
+        is_file=True,
     )
-    mla_split: MlaSplit = field(
-        default="none",
-        metadata={
-            "help": "what of a weight of multi-head latent attention is orthogonalized as one: all of it; its parts "
-            "(with and without rotary positions, keys, values); those of each head, and the output projection's heads"
-        },
+    router: RouterOptimizer = _setting("matrices", "muon", "optimizer of MoE router weights")
+    tp_mode: TensorParallelMode = _setting(
+        "matrices",
+        "exact",
+        "exact: the whole matrix over tensor-parallel ranks; blockwise: each rank's piece as a matrix of its own",
     )
-    split_gated: bool = field(
-        default=True, metadata={"help": "orthogonalize gate and up of a fused gated-MLP weight separately"}
+    exchange_dtype: ExchangeDtype = _setting("exchange", "bf16", "dtype of slices on the wire, to the owner and back")
+    batched: bool = _setting("exchange", True, "run Newton-Schulz on stacks of matrices of equal shape")
+    max_team_size: int = _setting(
+        "exchange", 64, "most ranks that may share one matrix where that is faster; 1: none share"
     )
-    splits: str = field(
-        default="",
-        metadata={
-            "help": "YAML file of rows that say which parameters are Muon's and how they are split; empty: none",
-            "is_file": True,
-        },
+    balance: Balance = _setting(
+        "exchange",
+        "time",
+        "what owners are chosen by: time, in which a team's messages count; or flops of Newton-Schulz alone",
     )
-    router: RouterOptimizer = field(default="muon", metadata={"help": "optimizer of MoE router weights"})
-    tp_mode: TensorParallelMode = field(
-        default="exact",
-        metadata={
-            "help": "exact: the whole matrix over tensor-parallel ranks; "
-            "blockwise: each rank's piece as a matrix of its own",
-        },
+    links: str = _setting(
+        "exchange",
+        "",
+        "file of `python -m megatron_muon.profile links --json`, whose figures owners are chosen by; "
+        "empty: conservative defaults",
+        is_file=True,
     )
-    batched: bool = field(default=True, metadata={"help": "run Newton-Schulz on stacks of matrices of equal shape"})
-    max_team_size: int = field(
-        default=64, metadata={"help": "most ranks that may share one matrix where that is faster; 1: none share"}
+    exchange_buffer_mb: int = _setting(
+        "exchange", 1024, "size in MiB of a round's exchange buffer on a rank; bounds the rounds"
     )
-    balance: Balance = field(
-        default="time",
-        metadata={
-            "help": "what owners are chosen by: time, in which a team's messages count; or flops of Newton-Schulz alone"
-        },
+    log_interval: int = _setting("logging", 0, "log metrics of the updates every so many steps; 0: never")
+    log_params: bool = _setting(
+        "logging", False, "print, at start-up, every parameter's optimizer, logical matrices, owners and FLOPs"
     )
-    links: str = field(
-        default="",
-        metadata={
-            "help": "file of `python -m megatron_muon.profile links --json`, whose figures owners are chosen by; "
-            "empty: conservative defaults",
-            "is_file": True,
-        },
+    metrics_dir: str = _setting("logging", "", "where muon_metrics.jsonl is written; empty: the TensorBoard directory")
+    profile: int = _setting("logging", 0, "time the phases of every so many steps; 0: never")
+    profile_dir: str = _setting(
+        "logging", "", "where the ranks' traces are written; empty: muon_profile in the TensorBoard directory"
     )
-    exchange_buffer_mb: int = field(
-        default=1024, metadata={"help": "size in MiB of a round's exchange buffer on a rank; bounds the rounds"}
+    init_from_adamw: InitFromAdamW = _setting(
+        "checkpoints",
+        "refuse",
+        "what a run that loads AdamW's checkpoint starts momentum from: its exp_avg, or zero (fresh)",
     )
-    log_interval: int = field(default=0, metadata={"help": "log metrics of the updates every so many steps; 0: never"})
-    log_params: bool = field(
-        default=False,
-        metadata={"help": "print, at start-up, every parameter's optimizer, logical matrices, owners and FLOPs"},
+    verify_checkpoint: bool = _setting(
+        "checkpoints", True, "check a checkpoint's files and tensors against its manifest before loading"
     )
-    metrics_dir: str = field(
-        default="", metadata={"help": "where muon_metrics.jsonl is written; empty: the TensorBoard directory"}
-    )
-    profile: int = field(default=0, metadata={"help": "time the phases of every so many steps; 0: never"})
-    profile_dir: str = field(
-        default="",
-        metadata={"help": "where the ranks' traces are written; empty: muon_profile in the TensorBoard directory"},
-    )
-    init_from_adamw: InitFromAdamW = field(
-        default="refuse",
-        metadata={
-            "help": "what a run that loads AdamW's checkpoint starts momentum from: its exp_avg, or zero (fresh)",
-        },
-    )
-    verify_checkpoint: bool = field(
-        default=True, metadata={"help": "check a checkpoint's files and tensors against its manifest before loading"}
-    )
-
-    moe_fp8: MoeFp8 = field(
-        default="off",
-        metadata={
-            "help": "run the linears of routed and shared experts in Transformer Engine's FP8 with this recipe, and "
-            "leave everything else in bf16; on a CPU: emulated"
-        },
+    moe_fp8: MoeFp8 = _setting(
+        "FP8",
+        "off",
+        "run the linears of routed and shared experts in Transformer Engine's FP8 with this recipe, and "
+        "leave everything else in bf16; on a CPU: emulated",
     )
 
     def __post_init__(self) -> None:
@@ -204,9 +198,13 @@ class MuonConfig:
                 not gram_in_bf16, "ns_method", "auto or standard with ns_dtype bf16; or set ns_dtype fp32 or fp16"
             )
             return
+        from megatron_muon.newton_schulz.backends import BACKEND_DTYPES
+
         dtypes = BACKEND_DTYPES[self.ns_backend]
         self._check(
-            TORCH_DTYPES[self.ns_dtype] in dtypes, "ns_dtype", f"one that back end {self.ns_backend} takes: {dtypes}"
+            __getattr__("TORCH_DTYPES")[self.ns_dtype] in dtypes,
+            "ns_dtype",
+            f"one that back end {self.ns_backend} takes: {dtypes}",
         )
         self._check(
             self.max_team_size == 1, "max_team_size", f"1: teams multiply with torch, not with {self.ns_backend}"

@@ -11,16 +11,15 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from itertools import accumulate
 from types import MappingProxyType, ModuleType
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from megatron_muon.newton_schulz.coefficients import Scaling, Schedule, check_schedule
-from megatron_muon.newton_schulz.cost import Iteration, check_iteration, restart_segments
+from megatron_muon.newton_schulz.cost import check_iteration, restart_segments
 from megatron_muon.newton_schulz.iterations import MARGIN, normalize, orthogonalize
-
-BackendName = Literal["torch", "emerging", "gram-newton-schulz"]
+from megatron_muon.newton_schulz.names import BackendName, Iteration
 
 BACKEND_DTYPES: Mapping[str, tuple[torch.dtype, ...]] = MappingProxyType(
     {

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 import torch
 
-Iteration = Literal["auto", "standard", "gram"]
+from megatron_muon.newton_schulz.names import Iteration
 
 GRAM_DTYPES = (torch.float16, torch.float32, torch.float64)
 """Data types in which the Gram iteration is accurate enough."""

@@ -15,13 +15,13 @@ from torch import Tensor
 from megatron_muon.newton_schulz.coefficients import AOL_SIGMA_MAX, Scaling, Schedule, check_schedule
 from megatron_muon.newton_schulz.cost import (
     GRAM_DTYPES,
-    Iteration,
     block_columns,
     check_iteration,
     choose_iteration,
     restart_segments,
     symmetric_blocks,
 )
+from megatron_muon.newton_schulz.names import Iteration
 
 MARGIN = 1e-7
 """Relative distance that normalized matrices keep from a norm of one, if the machine epsilon is smaller."""

@@ -82,7 +82,7 @@ def apply_patches(patches: Iterable[Patch], what: str, remedy: str) -> list[Appl
     applied: list[Applied] = []
     by_name: dict[int, tuple[Any, Any]] = {}
     for patch, owner, name, original in found:
-        applied.append(_replace(owner, name, _around(patch, original, inspect.getattr_static(owner, name))))
+        applied.append(_replace(owner, name, _around(patch, original, inspect.getattr_static(owner, name, None))))
         if patch.by_name:
             by_name[id(original)] = (original, getattr(owner, name))
     return applied + _replace_by_name(by_name)
