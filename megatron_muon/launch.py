@@ -17,6 +17,30 @@ from typing import NoReturn
 
 DEVICES = ("auto", "cuda", "cpu")
 
+# Megatron's flags that go with Distributed Muon: flag, name of its value (None: a switch), Megatron's default, text.
+# Written here, since importing Megatron for its help takes seconds; a test compares them with Megatron's parser.
+MEGATRON_FLAGS: tuple[tuple[str, str | None, object, str], ...] = (
+    ("--use-distributed-optimizer", None, False, "shard optimizer state; needed by --distributed-muon"),
+    ("--optimizer", "NAME", "adam", "adam: what the parameters get that are not Muon's; muon is taken as adam here"),
+    ("--lr", "LR", None, "peak learning rate, of Muon and AdamW alike"),
+    ("--min-lr", "LR", 0.0, "learning rate at the end of the schedule"),
+    ("--weight-decay", "FACTOR", 0.01, "weight decay, of Muon and AdamW alike; Moonlight: 0.1"),
+    ("--clip-grad", "NORM", 1.0, "gradient norm to clip at; Muon's direction does not depend on it"),
+    ("--adam-beta1", "FACTOR", 0.9, "decay of AdamW's mean gradient"),
+    ("--adam-beta2", "FACTOR", 0.999, "decay of AdamW's mean square; Moonlight: 0.95"),
+    ("--qk-clip", None, False, "MuonClip: scale query and key weights whose attention logits grow too large"),
+    ("--qk-clip-threshold", "LOGIT", 100, "largest attention logit that --qk-clip leaves alone"),
+    ("--qk-clip-alpha", "SHARE", 0.5, "share of --qk-clip's factor that queries take; keys take the rest"),
+    ("--log-max-attention-logit", None, False, "log the largest attention logits, and clip nothing"),
+    ("--overlap-grad-reduce", None, False, "reduce gradients during the backward pass"),
+    ("--overlap-param-gather", None, False, "gather updated parameters during the next forward pass"),
+    ("--fp8-param-gather", None, False, "keep FP8 primary weights, and gather these"),
+    ("--num-distributed-optimizer-instances", "N", 1, "copies of the optimizer's shards over the data-parallel ranks"),
+    ("--use-mup", None, False, "muP; needs --muon-scale-mode unit_rms_norm or shape_scaling"),
+    ("--dist-ckpt-optim-fully-reshardable", None, False, "save checkpoints that any layout can load"),
+    ("--tensorboard-dir", "DIR", None, "TensorBoard's directory; Muon's metrics and profiles go there too"),
+)
+
 # Flags of the CPU backend that only spare it work. A script that says otherwise is left alone, with a message.
 _PREFERRED = frozenset({"--num-workers"})
 
@@ -28,10 +52,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: The words after `megatron_muon.launch`; those of the process by default.
 
     Raises:
-        SystemExit: On a bad command line of the launcher's own (2), for `--help` (0), or as the script exits.
-        ValueError: If a flag of the script contradicts what the CPU backend needs.
-        RuntimeError: If the device, the Megatron version or an installed library of kernels does not fit.
+        SystemExit: On a bad command line, or for any error that this package raises while the script runs (2, with one
+            line on standard error; `MEGATRON_MUON_TRACEBACK=1` raises the error itself), for `--help` (0), or as the
+            script exits.
     """
+    try:
+        _run(argv)
+    except (ValueError, NotImplementedError, RuntimeError) as error:
+        from megatron_muon.megatron.entry.messages import is_own, stop
+
+        if is_own(error):
+            stop(error)
+        raise
+
+
+def _run(argv: Sequence[str] | None) -> None:
     parser = _parser()
     options = parser.parse_args(argv)
     if options.help:
@@ -47,14 +82,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     # tree around the script thus hides an installed megatron-core, so nothing may import megatron before this.
     if not sys.flags.safe_path and sys.path:
         sys.path[0] = os.path.dirname(os.path.abspath(options.script))
-    from megatron_muon.megatron.entry.kernels import check_fused_kernels
+    from megatron_muon.megatron.entry import kernels
 
-    check_fused_kernels(cpu=device == "cpu")
+    kernels.check_fused_kernels(cpu=device == "cpu")
     if device == "cpu":
         _install_cpu_backend()
     from megatron_muon.megatron.entry import seams
 
     seams.install_core_seams()
+    if os.environ.get("RANK", "0") == "0":  # the rank that compiles
+        kernels.check_dataset_helper()
     seams.install_training_seams()
     runpy.run_path(options.script, run_name="__main__")
 
@@ -87,6 +124,13 @@ def _print_help(parser: argparse.ArgumentParser) -> NoReturn:
 
     flags = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS)
     arguments.add_arguments(flags)
+    megatrons = flags.add_argument_group("Megatron's own flags that matter here (all of them: SCRIPT --help)")
+    for flag, metavar, default, text in MEGATRON_FLAGS:
+        shown = "" if metavar is None else f" (default: {default})"
+        if metavar is None:
+            megatrons.add_argument(flag, action="store_true", help=text)
+        else:
+            megatrons.add_argument(flag, metavar=metavar, help=f"{text}{shown}")
     print(f"{parser.format_help()}\nAfter SCRIPT, beside the script's own arguments:\n{flags.format_help()}", end="")
     sys.exit(0)
 
@@ -106,14 +150,14 @@ def _choose_device(device: str) -> str:
 
 def _install_cpu_backend() -> None:
     from megatron_muon import cpu
+    from megatron_muon.megatron.entry.messages import say
 
     cpu.install()
     sys.argv, added, kept = merge_arguments(sys.argv, cpu.REQUIRED_FLAGS)
-    if int(os.environ.get("RANK", "0")) == 0:
-        if added:
-            print(f"megatron_muon: --device cpu adds {' '.join(added)}", flush=True)
-        for word in kept:
-            print(f"megatron_muon: --device cpu leaves {word} as given", flush=True)
+    if added:
+        say(f"--device cpu adds {' '.join(added)}")
+    for word in kept:
+        say(f"--device cpu leaves {word} as given")
 
 
 def merge_arguments(

@@ -55,7 +55,8 @@ def _rank_main(
     import torch
 
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
+    # Errors are what tests look at: the launcher shall raise them, not end the process.
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MEGATRON_MUON_TRACEBACK="1")
     try:
         dist.init_process_group(
             "gloo",

@@ -11,13 +11,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from megatron_muon import cpu, launch
-from megatron_muon.config import MuonConfig
+from megatron_muon.config import Group, MuonConfig
 from megatron_muon.megatron.entry import active
 from tests.distributed import RankError, run_ranks
+from tests.paths import ROOT as REPOSITORY
 from tests.paths import TESTS
 from tests.seams import seams_removed_afterwards
 
@@ -28,6 +30,7 @@ def _process_as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(sys, "path", list(sys.path))
     # The test process itself stays without the backend.
     monkeypatch.setattr(cpu, "install", lambda: None)
+    monkeypatch.setenv("MEGATRON_MUON_TRACEBACK", "1")
     with seams_removed_afterwards():
         yield
 
@@ -184,6 +187,34 @@ json.dump(
         assert left.value.code == 0
         for flag in ("--device {auto,cuda,cpu}", "--distributed-muon", "--muon-preset", "--muon-no-nesterov"):
             assert flag in text
+        for group in get_args(Group):
+            assert f"\ndistributed muon: {group}:" in text
+        for default in ("(default: keller, or", "(default: '', or", "(default: 100)", "(default: 0.999)"):
+            assert default in " ".join(text.split())
+
+    def test_help_shows_every_flag_that_the_readme_names(self, capsys: pytest.CaptureFixture[str]) -> None:
+        from tests.megatron.test_arguments import extended_parser
+
+        with pytest.raises(SystemExit):
+            launch.main(["--help"])
+        shown = set(re.findall(r"--[a-z0-9-]+", capsys.readouterr().out))
+        known = set(extended_parser()[0]._option_string_actions)
+        # Flags of Megatron's are said to be a spelling of this package's.
+        aliases = {"--muon-coefficient-type", "--muon-num-ns-steps", "--help"}
+        readme = (REPOSITORY / "README.md").read_text()
+        assert set(re.findall(r"--[a-z][a-z0-9-]+", readme)) & known - aliases <= shown
+
+    def test_megatrons_flags_are_as_its_parser_says(self) -> None:
+        from tests.megatron.test_arguments import stock_parser
+
+        for flag, metavar, default, _ in launch.MEGATRON_FLAGS:
+            action = stock_parser()._option_string_actions[flag]
+            assert (action.default, action.nargs == 0) == (default, metavar is None), flag
+
+    def test_help_needs_no_torch(self) -> None:
+        code = "import sys\nfrom megatron_muon import launch\ntry:\n    launch.main(['--help'])\nfinally:\n"
+        code += "    assert not {'torch', 'megatron.core', 'numpy'} & set(sys.modules)"
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)
 
 
 def test_as_a_command(tmp_path: Path) -> None:

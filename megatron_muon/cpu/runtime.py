@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatron_muon.megatron.entry.kernels import compile_helpers
 from megatron_muon.megatron.entry.patching import Patch
 
 from .flags import cpu_arguments
@@ -41,12 +42,6 @@ def _fork_is_expected(record: logging.LogRecord) -> bool:
 def quiet_rng_tracker() -> None:
     """Keeps Megatron's random-state tracker from warning at every dropout."""
     logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_fork_is_expected)
-
-
-def _compile_helpers(original: Callable[[], None]) -> None:
-    """Leaves the compiled helper of the wheel as it is; a source tree, which has none, is built."""
-    if importlib.util.find_spec("megatron.core.datasets.helpers_cpp") is None:
-        original()
 
 
 def _initialize_megatron(original: Callable[..., Any], allow_no_cuda: bool = False, *args: Any, **kwargs: Any) -> Any:
@@ -99,7 +94,7 @@ _CORE = (
     ),
     Patch(
         "megatron.core.datasets.utils:compile_helpers",
-        _compile_helpers,
+        compile_helpers,
         "runs make, for which the wheel has no Makefile; the compiled helper is in it",
     ),
     Patch(

@@ -227,6 +227,17 @@ class TestStock:
         with pytest.raises(ValueError, match=rf"^{' '.join(words)}: given without --distributed-muon"):
             parse("--use-distributed-optimizer", *words)
 
+    def test_megatrons_flags_of_muon_without_a_switch_get_one_warning(self, capsys: pytest.CaptureFixture[str]) -> None:
+        for _ in range(2):
+            parse("--muon-momentum", "0.9", "--muon-num-ns-steps", "6", "--muon-no-split-qkv")
+        assert capsys.readouterr().out == (
+            "megatron_muon: warning: --muon-momentum 0.9, --muon-num-ns-steps 6, --muon-no-split-qkv: no effect with "
+            "--optimizer adam; add --distributed-muon, or --optimizer muon for Megatron's own Muon\n"
+        )
+        parse("--muon-momentum", "0.9", "--optimizer", "muon")
+        parse(*ON, "--muon-momentum", "0.9")
+        assert "warning" not in capsys.readouterr().out
+
 
 class TestValidateArgs:
     """Against Megatron's own `validate_args`."""
@@ -285,14 +296,24 @@ def test_decisions_are_said_once_and_on_rank_0(
 # What is refused on a command line: its words, the exception, and how its message must begin.
 BAD_WORDS: list[tuple[tuple[str, ...], type[Exception], str]] = [
     (("--muon-coefficients", "nope"), ValueError, ".*nope.*--muon-coefficients nope"),
-    (("--muon-coefficient-type", "nope"), ValueError, ".*nope.*--muon-coefficients nope"),
-    (("--muon-ns-steps", "0"), ValueError, ".*ns_steps: got 0.*--muon-ns-steps 0"),
-    (("--muon-num-ns-steps", "-3"), ValueError, ".*ns_steps: got -3.*--muon-ns-steps -3"),
-    (("--muon-momentum", "-0.1"), ValueError, ".*momentum: got -0.1.*--muon-momentum -0.1"),
+    (("--muon-coefficient-type", "nope"), ValueError, ".*nope.*given with it: --muon-coefficient-type nope"),
+    (("--muon-ns-steps", "0"), ValueError, "--muon-ns-steps: got 0, expected at least 1; correct or omit it$"),
+    (
+        ("--muon-num-ns-steps", "-3"),
+        ValueError,
+        "--muon-num-ns-steps: got -3, expected at least 1; correct",
+    ),
+    (("--muon-momentum", "-0.1"), ValueError, "--muon-momentum: got -0.1, expected in"),
     (("--muon-momentum", "1.0"), ValueError, ".*momentum: got 1.0"),
-    (("--muon-momentum", "nan"), ValueError, ".*momentum: got nan"),
-    (("--muon-update-rms", "0"), ValueError, ".*update_rms: got 0.0"),
-    (("--muon-extra-scale-factor", "-1"), ValueError, ".*extra_scale_factor: got -1.0"),
+    (("--muon-momentum", "nan"), ValueError, "--muon-momentum: got nan"),
+    (
+        ("--muon-preset", "keller", "--muon-ns-backend", "emerging"),
+        ValueError,
+        "--muon-max-team-size .not given.: got 64, .*; correct or omit it; given with it: --muon-ns-backend emerging "
+        "--muon-preset keller$",
+    ),
+    (("--muon-update-rms", "0"), ValueError, "--muon-update-rms: got 0.0"),
+    (("--muon-extra-scale-factor", "-1"), ValueError, "--muon-extra-scale-factor: got -1.0"),
     (("--muon-ns-steps", "4", "--muon-num-ns-steps", "6"), ValueError, "--muon-ns-steps: got 4, expected 6"),
     (("--muon-ns-dtype", "bf16", "--muon-fp32-matmul-prec", "high"), ValueError, "--muon-ns-dtype: got 'bf16'"),
     (("--muon-ns-dtype", "fp32", "--muon-fp32-matmul-prec", "low"), ValueError, "--muon-ns-dtype: got 'fp32'"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -126,3 +129,73 @@ def test_start_up_asks_before_megatron_is_imported(site: Path, monkeypatch: pyte
     monkeypatch.setattr(seams, "check_megatron_version", lambda: pytest.fail("Megatron was imported first"))
     with pytest.raises(RuntimeError, match="another project of that name"):
         seams.install_core_seams()
+
+
+class TestDatasetHelper:
+    """A helper that cannot be compiled is told before Megatron starts, with what is missing."""
+
+    @pytest.fixture
+    def tree(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """A source tree's directory of datasets, and a PATH with make, a compiler, python3 and python3-config alone."""
+        datasets, programs = tmp_path / "datasets", tmp_path / "bin"
+        datasets.mkdir()
+        programs.mkdir()
+        (datasets / "Makefile").write_text("helpers: helpers.cpp\n\ttouch helpers\n")
+        (datasets / "helpers.cpp").write_text("")
+        for name, text in (
+            *(("g++", "exit 0"), ("python3", "echo -Ipybind11")),
+            ("python3-config", f"echo {sysconfig.get_config_var('EXT_SUFFIX')}"),
+        ):
+            write_program(programs / name, text)
+        make = shutil.which("make")
+        assert make is not None
+        (programs / "make").symlink_to(make)
+        for name in ("sh", "touch"):
+            (programs / name).symlink_to(str(shutil.which(name)))
+        monkeypatch.setenv("PATH", str(programs))
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setattr(kernels, "_datasets", lambda: datasets)
+        return tmp_path
+
+    def test_what_can_be_compiled_or_need_not_be(self, tree: Path) -> None:
+        kernels.check_dataset_helper()
+        subprocess.run(["make", "-C", str(tree / "datasets")], check=True, capture_output=True)
+        (tree / "bin" / "python3").unlink()
+        kernels.check_dataset_helper()
+        # A wheel.
+        (tree / "datasets" / "Makefile").unlink()
+        kernels.check_dataset_helper()
+
+    @pytest.mark.parametrize(
+        ("program", "text", "message"),
+        [
+            ("make", None, "got no make on PATH; install make"),
+            ("g++", None, r"got no C\+\+ compiler g\+\+ on PATH; install one, or set CXX"),
+            (
+                "python3",
+                "exit 1",
+                r"got no pybind11 in .*bin/python3, the first python3 on PATH; source .*/bin/activate",
+            ),
+            ("python3-config", None, "got no python3-config on PATH; install Python's development files"),
+            ("python3-config", "echo .cpython-27.so", r"got a python3-config for \.cpython-27\.so, expected \.cpython"),
+        ],
+    )
+    def test_what_is_missing(self, tree: Path, program: str, text: str | None, message: str) -> None:
+        (tree / "bin" / program).unlink()
+        if text is not None:
+            write_program(tree / "bin" / program, text)
+        with pytest.raises(RuntimeError, match=f"dataset helper in .*datasets cannot be compiled: {message}"):
+            kernels.check_dataset_helper()
+
+    def test_a_wheel_compiles_nothing(self, tree: Path) -> None:
+        called: list[int] = []
+        kernels.compile_helpers(lambda: called.append(1))
+        assert called == [1]
+        (tree / "datasets" / "Makefile").unlink()
+        kernels.compile_helpers(lambda: called.append(2))
+        assert called == [1]
+
+
+def write_program(path: Path, text: str) -> None:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)

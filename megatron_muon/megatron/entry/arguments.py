@@ -14,20 +14,25 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any, get_args, get_type_hints
 
-from megatron_muon.config import PRESETS, MuonConfig, Preset
+from megatron_muon.config import PRESETS, Group, MuonConfig, Preset
 from megatron_muon.matrices.user_rows import load_split_rows
 from megatron_muon.megatron.entry.checks import check_arguments, check_mup
 from megatron_muon.megatron.entry.fp8_checks import Machine, check_arguments_fp8, is_emulated
-from megatron_muon.megatron.entry.messages import say
+from megatron_muon.megatron.entry.messages import say, warn
 from megatron_muon.megatron.model import expert_fp8
 from megatron_muon.newton_schulz import ALIASES
 from megatron_muon.plan.links_file import load_links
 
+_METAVARS: Mapping[type, str] = MappingProxyType({int: "N", float: "X", str: "NAME"})
 GROUP_TITLE = "distributed muon"
 DEFAULT_PRESET: Preset = "moonlight"
 
 # Settings whose flag Megatron spells differently: both spellings work.
 _MEGATRON_SPELLINGS = MappingProxyType({"coefficients": "muon_coefficient_type", "ns_steps": "muon_num_ns_steps"})
+
+# Settings that a flag of Megatron's with another meaning implies.
+_TRANSLATED = MappingProxyType({"ns_dtype": "muon_fp32_matmul_prec", "qkv_split": "muon_split_qkv"})
+_FIELDS = frozenset(setting.name for setting in fields(MuonConfig))
 
 # What Megatron's values of --muon-tp-mode mean for the result. Its duplicated and distributed modes both
 # orthogonalize the whole matrix and differ only in who computes it, which here is the plan's decision.
@@ -76,13 +81,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> ParserChanges:
     Returns:
         What was changed, for `apply`.
     """
-    group = parser.add_argument_group(
+    main = parser.add_argument_group(
         GROUP_TITLE,
         "Muon inside Megatron's DistributedOptimizer, for matrices; all other parameters get AdamW with Megatron's "
         f"--adam-* flags. A setting left unset takes the preset's value, {DEFAULT_PRESET}'s where none is chosen.",
     )
-    group.add_argument("--distributed-muon", action="store_true", help="train matrices with Distributed Muon")
-    group.add_argument("--muon-preset", choices=get_args(Preset), help="settings to start from")
+    main.add_argument("--distributed-muon", action="store_true", help="train matrices with Distributed Muon")
+    main.add_argument("--muon-preset", choices=get_args(Preset), help="settings to start from")
+    groups = {name: parser.add_argument_group(f"{GROUP_TITLE}: {name}") for name in get_args(Group)}
     changes = ParserChanges(added=["muon_preset"])
 
     # argparse has no public way to look up an action or the option strings in use.
@@ -93,10 +99,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> ParserChanges:
             same = option in upstream.option_strings
             changes.adopt(upstream, kwargs.get("choices", ()), kwargs["help"] if same else None)
         if option not in parser._option_string_actions:
-            group.add_argument(option, **kwargs)
+            groups[setting.metadata["group"]].add_argument(option, **kwargs)
             if upstream is None and kwargs["dest"] not in changes.added:
                 changes.added.append(kwargs["dest"])
-        other = actions.get(_MEGATRON_SPELLINGS.get(setting, ""))
+        other = actions.get(_MEGATRON_SPELLINGS.get(setting.name, ""))
         if other is not None:
             changes.adopt(other, text=f"as {option}")
     # Megatron's flags that are no setting here: `config_from_args` translates or refuses them.
@@ -117,22 +123,24 @@ def _repair_help(parser: argparse.ArgumentParser) -> None:
             action.help = str(action.help).replace("%", "%%")
 
 
-def _flags() -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _flags() -> Iterator[tuple[dataclasses.Field[Any], str, dict[str, Any]]]:
     """Yields each flag that `MuonConfig` asks for: setting, option string, arguments of `add_argument`."""
     hints = get_type_hints(MuonConfig)
     for setting in fields(MuonConfig):
         name = setting.name.replace("_", "-")
+        default = repr(setting.default) if setting.default == "" else setting.default
         # argparse expands % in help texts.
-        text = f"{setting.metadata['help']} (default: {setting.default}, or the preset's)".replace("%", "%%")
+        text = f"{setting.metadata['help']} (default: {default}, or the preset's)".replace("%", "%%")
         common = {"dest": f"muon_{setting.name}", "default": None}
         if hints[setting.name] is bool:
-            yield setting.name, f"--muon-{name}", {**common, "action": "store_true", "help": text}
+            yield setting, f"--muon-{name}", {**common, "action": "store_true", "help": text}
             text = f"turn --muon-{name} off"
-            yield setting.name, f"--muon-no-{name}", {**common, "action": "store_false", "help": text}
+            yield setting, f"--muon-no-{name}", {**common, "action": "store_false", "help": text}
         elif choices := get_args(hints[setting.name]):
-            yield setting.name, f"--muon-{name}", {**common, "choices": choices, "help": text}
+            yield setting, f"--muon-{name}", {**common, "choices": choices, "help": text}
         else:
-            yield setting.name, f"--muon-{name}", {**common, "type": hints[setting.name], "help": text}
+            hint = hints[setting.name]
+            yield setting, f"--muon-{name}", {**common, "type": hint, "metavar": _METAVARS[hint], "help": text}
 
 
 def apply(
@@ -160,16 +168,15 @@ def apply(
         RuntimeError: If FP8 is asked for and this machine cannot run it.
     """
     if not args.distributed_muon:
+        _warn_of_flags_without_switch(args, changes)
         _restore_upstream(args, changes)
         return None
     check_arguments(args)
     if args.optimizer != "adam":
         say(f"--optimizer {args.optimizer} becomes adam, for the parameters that --distributed-muon leaves to AdamW")
         args.optimizer = "adam"
-    if cpu:
-        for name, value in settings_for_cpu(args.muon_preset or DEFAULT_PRESET, _given(args)).items():
-            setattr(args, f"muon_{name}", value)
-    config = config_from_args(args)
+    own = settings_for_cpu(args.muon_preset or DEFAULT_PRESET, _given(args)) if cpu else {}
+    config = config_from_args(args, own)
     check_mup(getattr(args, "use_mup", False), config.scale_mode)
     if config.splits:
         load_split_rows(config.splits)  # bad rows are told before anything starts
@@ -193,20 +200,29 @@ def _apply_fp8(args: argparse.Namespace, config: MuonConfig, *, cpu: bool, machi
         say(f"--muon-moe-fp8 {config.moe_fp8} sets {expert_fp8.spell(dest, value)}")
 
 
-def config_from_args(args: argparse.Namespace) -> MuonConfig:
-    """The settings that parsed arguments ask for: the preset's, and on top those given by flags.
+def config_from_args(args: argparse.Namespace, defaults: Mapping[str, Any] = MappingProxyType({})) -> MuonConfig:
+    """The settings that parsed arguments ask for: the preset's, on top of them `defaults`, and those given by flags.
 
     Raises:
         ValueError: If a value is bad or two flags contradict each other; the message names the flags.
         NotImplementedError: If `--muon-scalar-optimizer` is not adam.
     """
     given = _given(args)
-    preset = getattr(args, "muon_preset", None) or DEFAULT_PRESET
+    preset = getattr(args, "muon_preset", None)
     try:
-        return MuonConfig.from_preset(preset, **given)
+        return MuonConfig.from_preset(preset or DEFAULT_PRESET, **{**defaults, **given})
     except ValueError as error:
-        flags = " ".join((_spell("muon_preset", preset), *(_spell(f"muon_{n}", v) for n, v in given.items())))
-        raise ValueError(f"{error}. Correct or omit the flag; given: {flags}") from None
+        words = {name: _words(args, name) for name in given}
+        text = str(error).removeprefix("MuonConfig.")
+        name, colon, problem = text.partition(": ")
+        if colon and name in words:
+            text = f"{words.pop(name).split()[0]}: {problem}"
+        elif colon and name in _FIELDS:
+            text = f"{_option(f'muon_{name}')} (not given): {problem}"
+        if preset is not None:
+            words["preset"] = _spell("muon_preset", preset)
+        together = f"; given with it: {' '.join(words.values())}" if words else ""
+        raise ValueError(f"{text}; correct or omit it{together}") from None
 
 
 def settings_for_cpu(preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,7 +253,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
         if len(set(both)) > 1:
             raise ValueError(
                 f"{_option(f'muon_{setting}')}: got {both[0]!r}, expected {both[1]!r}, which its other spelling "
-                f"{_option(dest)} says; give only one of the two"
+                f"{_option(dest)} gives; give only one of the two"
             )
         if both:
             given[setting] = both[0]
@@ -257,6 +273,12 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     if "tp_mode" in given:
         given["tp_mode"] = _TP_MODES.get(given["tp_mode"], given["tp_mode"])
     return given
+
+
+def _words(args: argparse.Namespace, setting: str) -> str:
+    """The words on the command line that gave a setting, in Megatron's spelling where that was used."""
+    dests = (f"muon_{setting}", _MEGATRON_SPELLINGS.get(setting, ""), _TRANSLATED.get(setting, ""))
+    return next(_spell(dest, value) for dest in dests if (value := getattr(args, dest, None)) is not None)
 
 
 def _option(dest: str) -> str:
@@ -280,6 +302,16 @@ def _write_back(args: argparse.Namespace, config: MuonConfig) -> None:
     args.muon_scalar_optimizer = "adam"
     args.muon_split_qkv = config.qkv_split != "none"
     args.muon_fp32_matmul_prec = next(p for p in ("medium", "high") if config.ns_dtype in _MATMUL_DTYPES[p])
+
+
+def _warn_of_flags_without_switch(args: argparse.Namespace, changes: ParserChanges) -> None:
+    """Warns once if Megatron's flags of Muon are given, but nothing that makes them count."""
+    given = [_spell(dest, value) for dest in changes.defaults if (value := getattr(args, dest)) is not None]
+    if given and args.optimizer not in ("muon", "dist_muon", "adaptive_muon"):
+        warn(
+            f"{', '.join(given)}: no effect with --optimizer {args.optimizer}; add --distributed-muon, or --optimizer "
+            "muon for Megatron's own Muon"
+        )
 
 
 def _restore_upstream(args: argparse.Namespace, changes: ParserChanges) -> None:

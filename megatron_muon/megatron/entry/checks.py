@@ -11,8 +11,6 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_muon.rule.qk_clip import ClipRule
-
 if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig
@@ -114,6 +112,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         _check_not_negative(f"--{name.replace('_', '-')}", getattr(args, name, None))
     _check_loss_scale("--loss-scale", args.fp16, args.loss_scale)
     if getattr(args, "qk_clip", False):
+        from megatron_muon.rule.qk_clip import ClipRule
+
         ClipRule(args.qk_clip_threshold, args.qk_clip_alpha)  # raises
     check_checkpoint_step(args, legacy=args.ckpt_format == "torch")
     tensor_parallel = args.tensor_model_parallel_size

@@ -1,14 +1,22 @@
-"""Which library's fused kernels Megatron will take, and whether they work: asked before anything imports Megatron.
+"""Which compiled code Megatron will take, and whether it works: asked before a run starts.
 
 Megatron takes FusedAdam (here: of the parameters that are not Muon's), gradient norms and scaling from Transformer
 Engine where it finds the package, else from apex, else from torch. A package that is there but incomplete is found all
 the same, and fails far from its cause: while Megatron is imported, or when the optimizer is made.
+
+Megatron's training loop also compiles a helper for datasets, with the `python3` that is first on PATH.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
@@ -95,3 +103,57 @@ def _version(distribution: str) -> str | None:
         return version(distribution)
     except PackageNotFoundError:
         return None
+
+
+def compile_helpers(original: Callable[[], None]) -> None:
+    """The seam around the function that compiles the dataset helper: a wheel has it compiled, and no Makefile."""
+    if (_datasets() / "Makefile").is_file():
+        original()
+
+
+def check_dataset_helper() -> None:
+    """Checks that Megatron's training loop can compile its dataset helper, if it has to. Imports megatron.core.
+
+    Raises:
+        RuntimeError: If it cannot; says what is missing.
+    """
+    directory = _datasets()
+    if not (directory / "Makefile").is_file():
+        return
+    try:
+        # Whether the helper is there and newer than its source.
+        if subprocess.run(["make", "-q", "-C", str(directory)], capture_output=True, check=False).returncode == 0:
+            return
+    except OSError:
+        raise _no_helper(directory, "got no make on PATH; install make and a C++ compiler") from None
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise _no_helper(directory, f"got no C++ compiler {compiler} on PATH; install one, or set CXX")
+    python = shutil.which("python3") or "python3"
+    activate = f"source {sys.prefix}/bin/activate"
+    if _output(python, "-m", "pybind11", "--includes") is None:
+        pip = "pip install pybind11" if python == str(Path(sys.prefix) / "bin" / "python3") else activate
+        raise _no_helper(directory, f"got no pybind11 in {python}, the first python3 on PATH; {pip}")
+    suffix = _output("python3-config", "--extension-suffix")
+    if suffix is None:
+        raise _no_helper(directory, "got no python3-config on PATH; install Python's development files (python3-dev)")
+    if suffix != sysconfig.get_config_var("EXT_SUFFIX"):
+        expected = sysconfig.get_config_var("EXT_SUFFIX")
+        raise _no_helper(directory, f"got a python3-config for {suffix}, expected {expected}; {activate}")
+
+
+def _datasets() -> Path:
+    spec = importlib.util.find_spec("megatron.core.datasets")
+    assert spec is not None and spec.submodule_search_locations, "megatron.core has no datasets"
+    return Path(spec.submodule_search_locations[0])
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _no_helper(directory: Path, problem: str) -> RuntimeError:
+    return RuntimeError(f"Megatron's dataset helper in {directory} cannot be compiled: {problem}")

@@ -1,17 +1,60 @@
-"""What this package prints while a run starts: one prefix, on rank 0 alone, each message once per process."""
+"""What this package prints while a run starts or refuses to: one prefix, and one process of each node speaks."""
 
 from __future__ import annotations
 
 import functools
 import os
+import sys
+import time
 from collections.abc import Iterable
+from types import TracebackType
+
+PREFIX = "megatron_muon: "
+# Set to 1, errors keep their tracebacks.
+TRACEBACK_VARIABLE = "MEGATRON_MUON_TRACEBACK"
+
+# How long other processes of a node wait before they print an error: by then torchrun has ended them, if the first one
+# has failed as well.
+_OTHERS_WAIT_S = 3.0
 
 
 @functools.cache
 def say(message: str) -> None:
     """Prints a message on global rank 0, once per process: Megatron parses its arguments more than once."""
     if int(os.environ.get("RANK", "0")) == 0:
-        print(f"megatron_muon: {message}", flush=True)
+        print(f"{PREFIX}{message}", flush=True)
+
+
+def warn(message: str) -> None:
+    """As `say`, for what the user should change."""
+    say(f"warning: {message}")
+
+
+def is_own(error: BaseException) -> bool:
+    """Whether an error was raised by this package's own code, so that its message is all that a user needs."""
+    at: TracebackType | None = error.__traceback__
+    module = ""
+    while at is not None:
+        module = at.tb_frame.f_globals.get("__name__", "")
+        at = at.tb_next
+    return module.partition(".")[0] == "megatron_muon"
+
+
+def stop(error: BaseException) -> None:
+    """Ends the process as argparse does: one line on standard error, once per node, and exit code 2.
+
+    Does nothing if `MEGATRON_MUON_TRACEBACK` is 1, so that the caller raises the error.
+
+    Raises:
+        SystemExit: Always, without the variable.
+    """
+    if os.environ.get(TRACEBACK_VARIABLE) == "1":
+        return
+    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+        time.sleep(_OTHERS_WAIT_S)
+    text = " ".join(str(error).split("\n"))
+    print(f"{PREFIX}error: {text} ({TRACEBACK_VARIABLE}=1 shows where)", file=sys.stderr, flush=True)
+    raise SystemExit(2)
 
 
 def describe_ranks(ranks: Iterable[int]) -> str:

@@ -19,7 +19,7 @@ from megatron_muon.megatron.entry import arguments
 from megatron_muon.megatron.entry.active import activate_by_flags, active_config, cpu_backend_installed
 from megatron_muon.megatron.entry.agreement import agree_on_settings, settings_of
 from megatron_muon.megatron.entry.checks import SUPPORTED_VERSIONS, check_megatron_version, check_mup
-from megatron_muon.megatron.entry.kernels import check_fused_kernels
+from megatron_muon.megatron.entry.kernels import check_fused_kernels, compile_helpers
 from megatron_muon.megatron.entry.patching import Applied, Patch, apply_patches, undo
 from megatron_muon.megatron.model import expert_fp8
 
@@ -321,6 +321,12 @@ TRAINING: tuple[Seam, ...] = (
         why="adds the flags, and completes the arguments before `validate_args`",
         parameters=("extra_args_provider", "ignore_unknown_args"),
         exact=True,
+        acts="always",
+    ),
+    Seam(
+        target="megatron.core.datasets.utils:compile_helpers",
+        replacement=compile_helpers,
+        why="runs make, for which the wheel has no Makefile; the compiled helper is in it",
         acts="always",
     ),
     Seam(
