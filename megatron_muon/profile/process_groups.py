@@ -146,7 +146,7 @@ def _megatron_groups(layout: Layout) -> dict[GroupKind, dist.ProcessGroup]:
     with quiet_imports():
         from megatron.core import parallel_state
 
-        from megatron_muon.megatron.optimizer.grid import make_grid
+        from megatron_muon.megatron.optimizer.process_grid import make_grids
     if not parallel_state.model_parallel_is_initialized():
         _initialize(parallel_state, layout)
     # Any: torch's types include the placeholders of no group, which these are not.
@@ -160,9 +160,9 @@ def _megatron_groups(layout: Layout) -> dict[GroupKind, dist.ProcessGroup]:
         "expert_tp": parallel_state.get_expert_tensor_parallel_group(),
         "expert_dp": parallel_state.get_expert_data_parallel_group(partial_expert_data_parallel=True),
     }
-    made["tp_dp"] = make_grid(made["tp"], made["dp"]).group
-    made["expert_tp_dp"] = make_grid(made["expert_tp"], made["expert_dp"]).group
-    return made
+    pairs = {"dense": (made["tp"], made["dp"]), "experts": (made["expert_tp"], made["expert_dp"])}
+    grids = make_grids(pairs, [parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)])
+    return {**made, "tp_dp": grids["dense"].group, "expert_tp_dp": grids["experts"].group}
 
 
 def _initialize(parallel_state: Any, layout: Layout) -> None:

@@ -46,15 +46,6 @@ class HeadRows:
 
 
 @dataclass(frozen=True)
-class RowFactor:
-    """Rows [start, stop) of a weight are multiplied by `factor`."""
-
-    start: int
-    stop: int
-    factor: float
-
-
-@dataclass(frozen=True)
 class ClipRule:
     """Threshold and balance of QK-Clip.
 
@@ -77,24 +68,79 @@ class ClipRule:
                 f"--qk-clip-alpha: got {self.alpha}, expected a number in [0, 1], the queries' share; correct it"
             )
 
-    def gammas(self, largest: Sequence[float]) -> list[float]:
+    def gammas(self, largest: Tensor) -> Tensor:
         """What each head's logits are multiplied by; 1 where they are not above the threshold, or not finite.
 
         Args:
-            largest: Each head's largest logit; of any sign, -inf where nothing was attended to.
+            largest: (heads,): each head's largest logit; of any sign, -inf where nothing was attended to.
+
+        Returns:
+            (heads,) fp64.
         """
-        return [self.threshold / x if math.isfinite(x) and x > self.threshold else 1.0 for x in largest]
+        return gammas(largest, torch.full_like(largest, self.threshold, dtype=torch.float64))
 
-    def row_factors(self, rows: Iterable[HeadRows], gammas: Sequence[float]) -> list[RowFactor]:
-        """What `rows` of a weight are multiplied by; rows that stay as they are are left out."""
-        out = [RowFactor(r.start, r.stop, self._factor(r, gammas)) for r in rows]
-        return [row_factor for row_factor in out if row_factor.factor != 1.0]
+    def factors(self, rows: Sequence[HeadRows], gammas: Tensor) -> Tensor:
+        """What each of `rows` is multiplied by, (rows,) fp64; `gammas` are those of all heads that they name."""
+        return FactorTable.of([(rows, 0, self.alpha)], gammas.device).factors(gammas)
 
-    def _factor(self, rows: HeadRows, gammas: Sequence[float]) -> float:
-        if rows.role == "rotary_query":
-            return gammas[rows.head]
-        key = math.pow(max(gammas[head] for head in rows.heads), 1 - self.alpha)
-        return key if rows.role == "key" else gammas[rows.head] / key
+
+def gammas(largest: Tensor, thresholds: Tensor) -> Tensor:
+    """As `ClipRule.gammas`, with a threshold for each head. Waits for no device."""
+    values = largest.double()
+    above = values.isfinite() & (values > thresholds)
+    return torch.where(above, thresholds / values, 1.0)
+
+
+@dataclass(frozen=True)
+class FactorTable:
+    """From gammas of many heads to the factors of many row ranges, in a few operations on the device.
+
+    Attributes:
+        group: (ranges, most heads of a group): the heads that share each range's key; a shorter group repeats its last.
+        head: (ranges,): the range's own head.
+        is_key: (ranges,).
+        is_rotary: (ranges,).
+        key_power: (ranges,) fp64: 1 - alpha.
+    """
+
+    group: Tensor
+    head: Tensor
+    is_key: Tensor
+    is_rotary: Tensor
+    key_power: Tensor
+
+    @classmethod
+    def of(cls, parts: Iterable[tuple[Sequence[HeadRows], int, float]], device: torch.device) -> FactorTable:
+        """The table of rows of several weights.
+
+        Args:
+            parts: For each weight: its rows, the position of its head 0 among all heads, and alpha.
+            device: Where the gammas are.
+        """
+        ranges = [(row, first, alpha) for rows, first, alpha in parts for row in rows]
+        most = max((len(row.heads) for row, _, _ in ranges), default=1)
+        groups = [[first + row.heads[min(i, len(row.heads) - 1)] for i in range(most)] for row, first, _ in ranges]
+        return cls(
+            torch.tensor(groups, dtype=torch.long, device=device).view(len(ranges), most),
+            torch.tensor([first + row.head for row, first, _ in ranges], dtype=torch.long, device=device),
+            torch.tensor([row.role == "key" for row, _, _ in ranges], dtype=torch.bool, device=device),
+            torch.tensor([row.role == "rotary_query" for row, _, _ in ranges], dtype=torch.bool, device=device),
+            torch.tensor([1 - alpha for _, _, alpha in ranges], dtype=torch.float64, device=device),
+        )
+
+    def factors(self, gammas: Tensor) -> Tensor:
+        """(ranges,) fp64, from the gammas of all heads."""
+        own = gammas[self.head]
+        key = gammas[self.group].amax(1) ** self.key_power
+        return torch.where(self.is_rotary, own, torch.where(self.is_key, key, own / key))
+
+
+def range_of_row(rows: Sequence[HeadRows], num_rows: int) -> list[int]:
+    """For each row of a weight, which of `rows` it lies in; `len(rows)` for a row that lies in none."""
+    out = [len(rows)] * num_rows
+    for index, row in enumerate(rows):
+        out[row.start : row.stop] = [index] * (row.stop - row.start)
+    return out
 
 
 def grouped_rows(num_heads: int, num_groups: int, width: int, *, gated: bool = False) -> tuple[HeadRows, ...]:
@@ -136,18 +182,24 @@ def mla_key_rows(num_heads: int, width: int, value_width: int) -> tuple[HeadRows
 
 
 @torch.no_grad()
-def scale_rows(values: Tensor, first: int, cols: int, row_factors: Iterable[RowFactor]) -> None:
-    """Multiplies the rows of a weight that lie in a slice of it.
+def scale_rows(values: Tensor, first: int, cols: int, factors: Tensor) -> None:
+    """Multiplies the rows of a weight that lie in a slice of it; a factor of 1 leaves every bit.
 
     Args:
         values: 1-D: consecutive elements of the weight, flattened. They may begin and end within a row. Mutated.
         first: Where in the weight the first of them is.
         cols: Columns of the weight; 1 for a bias.
-        row_factors: What to do, in rows of the weight.
+        factors: The factor of each row of the weight, in the dtype of `values`.
     """
-    for row_factor in row_factors:
-        # A row range is one flat range, wherever slices cut it.
-        start = max(row_factor.start * cols - first, 0)
-        stop = min(row_factor.stop * cols - first, values.numel())
-        if start < stop:
-            values[start:stop].mul_(row_factor.factor)
+    row, offset = divmod(first, cols)
+    # The rest of a row, whole rows, the beginning of a row.
+    head = min(cols - offset, values.numel()) if offset else 0
+    if head:
+        values[:head].mul_(factors[row])
+        row += 1
+    whole = (values.numel() - head) // cols
+    if whole:
+        values[head : head + whole * cols].view(whole, cols).mul_(factors[row : row + whole, None])
+    tail = head + whole * cols
+    if tail < values.numel():
+        values[tail:].mul_(factors[row + whole])

@@ -9,14 +9,26 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_muon.observe.metric_names import FILE_NAME
-from megatron_muon.rule.qk_clip import ClipRule, HeadRows, grouped_rows, mla_key_rows, mla_query_rows, scale_rows
+from megatron_muon.rule.qk_clip import (
+    ClipRule,
+    FactorTable,
+    HeadRows,
+    gammas,
+    grouped_rows,
+    mla_key_rows,
+    mla_query_rows,
+    range_of_row,
+    scale_rows,
+)
 from tests.checkpoint_runs import Run, assemble, build, with_config
 from tests.distributed import RankError, run_ranks
 from tests.models import Layout, initialize, make_chunks, make_config
@@ -98,13 +110,15 @@ LAYERS = {
 
 def clipped(layer: Layer, weights: dict[str, Tensor], rule: ClipRule, cuts: list[int]) -> dict[str, Tensor]:
     """The weights after QK-Clip on slices of them, cut at these positions of each."""
-    gammas = rule.gammas([x.max().item() for x in layer.logits(weights)[: layer.heads]])
+    gammas = rule.gammas(torch.stack([x.max() for x in layer.logits(weights)[: layer.heads]]))
     out = {name: weight.clone() for name, weight in weights.items()}
     for name, rows in layer.rows.items():
         flat = out[name].view(-1)
         ends = [min(cut, flat.numel()) for cut in (0, *cuts, flat.numel())]
+        factors = torch.cat((rule.factors(rows, gammas), torch.ones(1, dtype=torch.float64)))
+        of_row = factors[torch.tensor(range_of_row(rows, len(out[name])))]
         for start, stop in itertools.pairwise(ends):
-            scale_rows(flat[start:stop], start, flat.numel() // len(out[name]), rule.row_factors(rows, gammas))
+            scale_rows(flat[start:stop], start, flat.numel() // len(out[name]), of_row)
     return out
 
 
@@ -138,28 +152,47 @@ def test_slices_that_end_within_rows_are_clipped_as_the_whole(name: str) -> None
         assert all(torch.equal(cut[key], whole[key]) for key in whole)
 
 
+def factors_of(rule: ClipRule, rows: tuple[HeadRows, ...], gammas: list[float]) -> list[tuple[int, int, float]]:
+    """Rows that do not stay as they are, with their factors."""
+    factors = rule.factors(rows, torch.tensor(gammas, dtype=torch.float64)).tolist()
+    return [(row.start, row.stop, factor) for row, factor in zip(rows, factors, strict=True) if factor != 1]
+
+
 def test_factors_are_the_papers() -> None:
     """Kimi K2's: q^C and k^C by sqrt(gamma), q^R by gamma; without MLA the exponents alpha and 1 - alpha."""
     gammas = [1.0, 0.25]
     rule = ClipRule(100.0, 0.5)
-    factors = [(s.start, s.stop, s.factor) for s in rule.row_factors(mla_query_rows(2, 3, 2), gammas)]
-    assert factors == [(5, 8, 0.5), (8, 10, 0.25)]
-    assert [(s.start, s.stop, s.factor) for s in rule.row_factors(mla_key_rows(2, 3, 4), gammas)] == [(7, 10, 0.5)]
+    assert factors_of(rule, mla_query_rows(2, 3, 2), gammas) == [(5, 8, 0.5), (8, 10, 0.25)]
+    assert factors_of(rule, mla_key_rows(2, 3, 4), gammas) == [(7, 10, 0.5)]
     rows = grouped_rows(2, 2, 3)
-    uneven = ClipRule(100.0, 0.25)
-    assert [(s.start, s.stop, s.factor) for s in uneven.row_factors(rows, gammas)] == [
+    assert factors_of(ClipRule(100.0, 0.25), rows, gammas) == [
         (9, 12, pytest.approx(0.25**0.25)),
         (12, 15, pytest.approx(0.25**0.75)),
     ]
     # A shared key takes what both of its heads need, the query of the larger logits the rest; nothing grows.
     both = [0.25, 0.0625]
-    assert [s.factor for s in rule.row_factors(grouped_rows(2, 1, 3), both)] == [0.5, 0.125, 0.5]
-    assert [s.factor for s in rule.row_factors(grouped_rows(2, 1, 3), gammas)] == [0.25]
+    assert [f for *_, f in factors_of(rule, grouped_rows(2, 1, 3), both)] == [0.5, 0.125, 0.5]
+    assert [f for *_, f in factors_of(rule, grouped_rows(2, 1, 3), gammas)] == [0.25]
+
+
+def test_a_table_of_several_weights_is_that_of_each() -> None:
+    """Groups of different sizes, thresholds and alphas in one vector of heads."""
+    weights = [(grouped_rows(4, 1, 3), 4, 0.3), (mla_query_rows(3, 2, 2), 3, 0.5), (grouped_rows(6, 2, 1), 6, 0.8)]
+    largest = torch.tensor([3.0, 1.0, 2.0, 9.0, 0.5, 7.0, math.nan, 8.0, 1.0, 1.0, 4.0, math.inf, -math.inf])
+    firsts = [0, 4, 7]
+    table = FactorTable.of([(rows, first, a) for (rows, _, a), first in zip(weights, firsts)], torch.device("cpu"))
+    thresholds = torch.tensor([2.0] * 4 + [1.0] * 3 + [5.0] * 6, dtype=torch.float64)
+    got = table.factors(gammas(largest, thresholds)).tolist()
+    expected = []
+    for (rows, heads, alpha), first in zip(weights, firsts):
+        rule = ClipRule(thresholds[first].item(), alpha)
+        expected += rule.factors(rows, rule.gammas(largest[first : first + heads])).tolist()
+    assert got == expected and len({*got}) >= 6
 
 
 def test_gammas() -> None:
-    values = [200.0, 100.0, 100.1, -5.0, 0.0, math.nan, math.inf, -math.inf]
-    assert ClipRule(100.0, 0.5).gammas(values) == [0.5, 1.0, 100 / 100.1, 1.0, 1.0, 1.0, 1.0, 1.0]
+    values = torch.tensor([200.0, 100.0, 100.1, -5.0, 0.0, math.nan, math.inf, -math.inf], dtype=torch.float64)
+    assert ClipRule(100.0, 0.5).gammas(values).tolist() == [0.5, 1.0, 100 / 100.1, 1.0, 1.0, 1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -238,9 +271,10 @@ def watch(run: Run, maxima: list[dict[str, list[float]]]) -> None:
     clip = run.optimizer.qk_clip
     original = clip._decide
 
-    def decide(attention: Any, values: list[float]) -> None:
-        maxima[-1][attention.name] = list(values)
-        original(attention, values)
+    def decide(flat: Tensor) -> None:
+        parts = torch.split(flat, clip._sizes)
+        maxima[-1].update({attention.name: part.tolist() for attention, part in zip(clip._attentions, parts)})
+        original(flat)
 
     clip._decide = decide
 
@@ -472,6 +506,43 @@ def test_bf16_models_get_what_their_main_parameters_are_clipped_to() -> None:
     check_that_logits_came_back(run_ranks(in_bf16, RUNS[name][1].world_size, name), 4 * 2**-9)
 
 
+class ForbidsReading(TorchDispatchMode):
+    """Fails where the host would wait for a number of the device; on a CPU nothing else shows it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), func
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_for_the_device() -> None:
+    run_ranks(_collect_and_apply_without_reading, 1)
+
+
+def _collect_and_apply_without_reading(rank: int, world_size: int) -> None:
+    run = large_logits("mla", with_config(Layout(1), **CLIP))
+    clip = run.optimizer.qk_clip
+    run.train(1)  # static tensors are made here
+    calls: list[str] = []
+
+    def watched(name: str, function: Any) -> Any:
+        def call(*args: Any) -> None:
+            with ForbidsReading(), mock.patch.object(Tensor, "tolist", side_effect=AssertionError("tolist")):
+                function(*args)
+            calls.append(name)
+
+        return call
+
+    clip.collect = watched("collect", clip.collect)
+    for part in run.optimizer.chained_optimizers:
+        hooks = part.optimizer._optimizer_step_post_hooks
+        hooks.update({key: watched("apply", hook) for key, hook in hooks.items()})
+    run.train(1)
+    assert calls.count("collect") == 1 and calls.count("apply") >= 2
+    assert clip.counts()["qk_clipped_heads"] > 0
+    with pytest.raises(AssertionError), ForbidsReading():
+        clip.largest.item()
+
+
 def corners(rank: int, world_size: int) -> dict[str, Any]:
     """Evaluations, skipped steps and broken logits, on two data-parallel ranks."""
     run = large_logits("dense", with_config(Layout(2), **CLIP))
@@ -487,7 +558,7 @@ def corners(rank: int, world_size: int) -> dict[str, Any]:
     cores[0].current_max_attn_logits = torch.full((4,), 1e9)
     run.train(1)
     out["after an evaluation"] = max(decided[0][FIRST])
-    out["largest"] = clip.largest, max(x for values in decided[0].values() for x in values)
+    out["largest"] = clip.largest.item(), max(x for values in decided[0].values() for x in values)
     out["forgotten"] = recorded()
     clip.counts()
 
@@ -504,7 +575,7 @@ def corners(rank: int, world_size: int) -> dict[str, Any]:
         run.optimizer.prepare_grads = original
         run.optimizer.chained_optimizers[0].config.grad_norm_skip_threshold = math.inf
         same = all(torch.equal(a[4], b[4]) for a, b in zip(before, run.pieces(), strict=True))
-        out[how] = same, decided[-1], clip.largest, recorded(), clip.counts()["qk_clipped_heads"]
+        out[how] = same, decided[-1], clip.largest.item(), recorded(), clip.counts()["qk_clipped_heads"]
 
     original = clip._recorded
 
@@ -589,8 +660,9 @@ def refused(rank: int, world_size: int, what: str) -> None:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer.attention import Attention
 
+    from megatron_muon.megatron.entry.agreement import all_or_none
     from megatron_muon.megatron.model.identity import whole_model_names
-    from megatron_muon.megatron.optimizer.attention_clip import make_qk_clip
+    from megatron_muon.megatron.optimizer.attention_clip import QKClip, is_clip_needed
 
     layout = Layout(2, pp=2, config=dict(CLIP))
     initialize(layout)
@@ -611,7 +683,12 @@ def refused(rank: int, world_size: int, what: str) -> None:
         else:
             attention.config.qk_clip_threshold = -2.0
     groups = ps.get_data_parallel_group(with_context_parallel=True), ProcessGroupCollection.use_mpu_process_groups()
-    make_qk_clip(chunks, whole_model_names(chunks), *groups)
+
+    def make() -> tuple[bool, bool, bool]:
+        clip = QKClip(chunks, whole_model_names(chunks), *groups)
+        return clip.asked, clip.clips, clip.records
+
+    is_clip_needed(all_or_none(make))
 
 
 @pytest.mark.parametrize(

@@ -59,12 +59,11 @@ def test_other_quantized_parameters(kind: str, remedy: str) -> None:
 def test_fp8_parameters_need_their_gather() -> None:
     parameters = [(name, parameter) for name, parameter, _ in (tagged("norm", False, kind=""), tagged("fc1", True))]
     without: Any = SimpleNamespace(fp8_param_gather=False)
-    assert fp8.gather_problem(parameters[:1], without) is None
-    assert fp8.gather_problem(parameters, SimpleNamespace(fp8_param_gather=True)) is None
-    problem = fp8.gather_problem(parameters, without)
-    assert problem is not None
-    assert "fp8_param_gather: got False, expected True with FP8 primary weights such as fc1, which" in problem
-    assert "would never be updated; add --fp8-param-gather" in problem
+    fp8.check_gather(parameters[:1], without)
+    fp8.check_gather(parameters, SimpleNamespace(fp8_param_gather=True))
+    message = "fp8_param_gather: got False, expected True with FP8 primary weights such as fc1, which would never be "
+    with pytest.raises(ValueError, match=f"{message}updated; add --fp8-param-gather"):
+        fp8.check_gather(parameters, without)
 
 
 ARGUMENTS: dict[str, Any] = dict(

@@ -7,7 +7,7 @@ a profiled step and QK-Clip issue collectives of their own.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -88,6 +88,32 @@ def agree_on_settings(settings: Mapping[str, Any]) -> None:
             f"the ranks have different settings: {'; '.join(found)}. Start all ranks with the same flags, files and "
             "package versions"
         )
+
+
+def all_or_none[T](work: Callable[[], T]) -> list[T]:
+    """Calls `work` on every rank, and gathers what it returns. Collective over the world: one `all_gather_object`.
+
+    Returns:
+        What `work` returned on each rank, by rank.
+
+    Raises:
+        Exception: On every rank, if `work` raises ValueError, NotImplementedError, RuntimeError or TypeError on any:
+            that of the first such rank. The message names the ranks, unless it is the same on all of them.
+    """
+    own: tuple[T | None, Exception | None]
+    try:
+        own = work(), None
+    except (ValueError, NotImplementedError, RuntimeError, TypeError) as error:
+        own = None, error
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    errors = {rank: error for rank, (_, error) in enumerate(gathered) if error is not None}
+    if errors:
+        first = next(iter(errors.values()))
+        alike = [rank for rank, error in errors.items() if str(error) == str(first)]
+        where = "" if len(alike) == len(gathered) else f" (on global rank{'s' * (len(alike) > 1)} "
+        raise type(first)(str(first) + (where and f"{where}{describe_ranks(alike)})")) from own[1]
+    return [value for value, _ in gathered]
 
 
 def differences(by_rank: Sequence[Mapping[str, Any]]) -> list[str]:

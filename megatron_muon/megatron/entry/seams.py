@@ -131,8 +131,11 @@ def _without_muons(key: Any) -> Any:
     return replace(key, with_name_predicate=replace(predicate, name=f"{predicate.name}_of_adamw", fn=matches))
 
 
-def clip_qk(original: Callable[..., float], model: list[Any], log_max_only: bool = False) -> float:
-    """Returns the largest attention logit of this rank's part of the model, which the optimizer has clipped."""
+def clip_qk(original: Callable[..., float], model: list[Any], log_max_only: bool = False) -> Any:
+    """Returns the largest attention logit of this rank's part of the model, which the optimizer has clipped.
+
+    A 0-d tensor where Megatron returns a float: whoever writes the number waits for the device, and nobody else.
+    """
     from megatron_muon.megatron.optimizer.attention_clip import clip_of
 
     clip = None if active_config() is None else clip_of(model)

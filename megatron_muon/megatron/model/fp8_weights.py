@@ -57,15 +57,19 @@ def check_kinds(tagged: Iterable[tuple[str, nn.Parameter, bool]]) -> None:
             )
 
 
-def gather_problem(parameters: Iterable[tuple[str, nn.Parameter]], ddp_config: Any) -> str | None:
-    """Says why FP8 parameters would not follow their main parameters; None if they do.
+def check_gather(parameters: Iterable[tuple[str, nn.Parameter]], ddp_config: Any) -> None:
+    """Checks that FP8 parameters follow their main parameters. Issues no collective.
 
-    Without `fp8_param_gather` Megatron's optimizer skips them in silence.
+    Without `fp8_param_gather` Megatron's optimizer skips them silently.
+
+    Raises:
+        ValueError: If they would not.
     """
     if ddp_config.fp8_param_gather:
-        return None
+        return
     name = next((name for name, parameter in parameters if is_float8tensor(parameter)), None)
-    return name and (
-        f"DistributedDataParallelConfig.fp8_param_gather: got False, expected True with FP8 primary weights such as "
-        f"{name}, which would never be updated; add --fp8-param-gather, or build the model without fp8_param"
-    )
+    if name is not None:
+        raise ValueError(
+            "DistributedDataParallelConfig.fp8_param_gather: got False, expected True with FP8 primary weights such as "
+            f"{name}, which would never be updated; add --fp8-param-gather, or build the model without fp8_param"
+        )

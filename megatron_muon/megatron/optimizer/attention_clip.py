@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, ref
@@ -19,15 +19,19 @@ from megatron.core.transformer.attention import Attention, SelfAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from torch import Tensor, nn
+from torch.profiler import record_function
 
-from megatron_muon.megatron.model.routing import unwrapped
+from megatron_muon.exchange.phases import label
+from megatron_muon.megatron.model.identity import unwrapped
 from megatron_muon.rule.qk_clip import (
     ClipRule,
+    FactorTable,
     HeadRows,
-    RowFactor,
+    gammas,
     grouped_rows,
     mla_key_rows,
     mla_query_rows,
+    range_of_row,
     scale_rows,
 )
 
@@ -68,11 +72,16 @@ class QKClip:
     `apply`, then Megatron's cast of main parameters to model parameters, so that both are clipped alike. `reset`
     forgets what was recorded: before a forward pass, since evaluations record as well, and after every step.
 
+    None of these waits for the device: factors stay there, and all rows are multiplied, most of them by 1. The host
+    reads logits when somebody asks: `largest`, `maxima` and `counts`.
+
     Where tensor-parallel ranks share a query group, each of them stores rows of any head: the maxima of all heads are
     then exchanged over the tensor-parallel ranks too.
 
     Attributes:
-        largest: The largest finite logit of this rank's attention modules in the last step; 0 if it was skipped.
+        largest: 0-d tensor: the largest finite logit of this rank's attention modules in the last step; 0 if it was
+            skipped.
+        asked: Whether a chunk's config asks to clip.
     """
 
     def __init__(
@@ -82,7 +91,7 @@ class QKClip:
         dp_cp_group: dist.ProcessGroup,
         parallel: ProcessGroupCollection,
     ) -> None:
-        """Finds the attention modules.
+        """Finds the attention modules. Issues no collective.
 
         Args:
             chunks: May be wrapped.
@@ -96,16 +105,18 @@ class QKClip:
         """
         modules = [m for chunk in chunks for m in unwrapped(chunk).modules() if isinstance(m, Attention)]
         found = [(name, m) for m in modules if _is_recorded(m) and (name := _whole_name(m, names))]
+        self.asked = any(getattr(chunk.config, "qk_clip", False) for chunk in chunks)
         self._tp_size, self._tp_rank = parallel.tp.size(), parallel.tp.rank()
         self._shares_groups = any(m.config.num_query_groups < self._tp_size for _, m in found)
         self._group = parallel.tp_dp_cp if self._shares_groups else dp_cp_group
         # Data-parallel ranks have clipped the same heads: one of them reports.
         self._reports = dp_cp_group.rank() == 0
         self._attentions = [self._attention(name, module) for name, module in found]
-        self._row_factors: dict[nn.Parameter, list[RowFactor]] = {}
-        self._logged: dict[str, float] = {}
-        self._counts = {"qk_clipped_heads": 0, "qk_nonfinite_heads": 0}
-        self.largest = 0.0
+        self._sizes = [a.num_heads * (self._tp_size if self._shares_groups else 1) for a in self._attentions]
+        self._factors: dict[nn.Parameter, Tensor] = {}
+        self._tensors: _OnDevice | None = None
+        self.largest = torch.zeros(())
+        _CLIPS[chunks[0]] = ref(self)
 
     def _attention(self, name: str, module: Any) -> _Attention:
         config = module.config
@@ -141,15 +152,14 @@ class QKClip:
         """Forgets recorded logits and what was to be scaled."""
         for attention in self._attentions:
             setattr(attention.core, RECORD, None)
-        self._row_factors = {}
+        self._factors = {}
 
     @torch.no_grad()
     def collect(self) -> None:
         """Takes the largest logits of the step over all ranks, and decides what is scaled.
 
         Collective: one all-reduce over the data- and context-parallel ranks (and the tensor-parallel ones if they
-        share query groups), all of which have the same attention modules; none if there are no such modules. Waits for
-        the device, before the update has been enqueued.
+        share query groups), all of which have the same attention modules; none if there are no such modules.
 
         Raises:
             RuntimeError: If no attention module has recorded logits, or one recorded those of other heads.
@@ -159,22 +169,15 @@ class QKClip:
         flat = self._recorded()
         # Which of two NaNs a maximum keeps differs between backends; infinity is the same on all ranks.
         flat.masked_fill_(flat.isnan(), math.inf)
-        dist.all_reduce(flat, op=dist.ReduceOp.MAX, group=self._group)
-        values = flat.tolist()
-        self.largest = max((x for x in values if math.isfinite(x)), default=0.0)
-        at = 0
-        for attention in self._attentions:
-            size = self._vector_size(attention)
-            self._decide(attention, values[at : at + size])
-            at += size
+        with record_function(label("qk_clip")):
+            dist.all_reduce(flat, op=dist.ReduceOp.MAX, group=self._group)
+        self._decide(flat)
 
-    def _vector_size(self, attention: _Attention) -> int:
-        return attention.num_heads * (self._tp_size if self._shares_groups else 1)
-
-    def _own(self, attention: _Attention) -> slice:
-        """Where in an attention's part of the vector the heads of this rank are."""
-        start = attention.num_heads * self._tp_rank if self._shares_groups else 0
-        return slice(start, start + attention.num_heads)
+    def _own(self, at: int) -> slice:
+        """The part of an attention module's heads in the vector that are this rank's."""
+        heads = self._attentions[at].num_heads
+        start = heads * self._tp_rank if self._shares_groups else 0
+        return slice(start, start + heads)
 
     def _recorded(self) -> Tensor:
         """(heads of all attention modules,) fp32; -inf where nothing was recorded."""
@@ -185,11 +188,9 @@ class QKClip:
                 f"{self._attentions[0].name}: got no attention logits in this step, expected some with --qk-clip or "
                 "--log-max-attention-logit; run forward passes between zero_grad and step, or omit the flag"
             )
-        flat = torch.full(
-            (sum(map(self._vector_size, self._attentions)),), -math.inf, dtype=torch.float32, device=first.device
-        )
-        parts = torch.split(flat, [self._vector_size(attention) for attention in self._attentions])
-        for attention, part, tensor in zip(self._attentions, parts, recorded, strict=True):
+        flat = torch.full((sum(self._sizes),), -math.inf, dtype=torch.float32, device=first.device)
+        parts = torch.split(flat, self._sizes)
+        for at, (attention, part, tensor) in enumerate(zip(self._attentions, parts, recorded, strict=True)):
             if tensor is None:
                 continue
             if tensor.numel() != attention.num_heads:
@@ -197,34 +198,59 @@ class QKClip:
                     f"{attention.name}: got logits of {tensor.numel()} heads, expected {attention.num_heads}, those of "
                     "this tensor-parallel rank; omit --qk-clip, which this attention does not support"
                 )
-            part[self._own(attention)] = tensor.view(-1)
+            part[self._own(at)] = tensor.view(-1)
         return flat
 
-    def _decide(self, attention: _Attention, values: list[float]) -> None:
-        finite = [x for x in values if math.isfinite(x)]
-        if finite:
-            name = f"max_attention_logit/{attention.name}"
-            self._logged[name] = max(*finite, self._logged.get(name, -math.inf))
-        own = values[self._own(attention)]
-        broken = sum(x == math.inf for x in own)
-        if broken and self._reports:
-            _LOG.warning(
-                "%s: logits of %d heads are NaN or infinite; QK-Clip leaves these heads alone", attention.name, broken
-            )
-        self._counts["qk_nonfinite_heads"] += broken
-        if attention.rule is None:
-            return
-        gammas = attention.rule.gammas(values)
-        self._counts["qk_clipped_heads"] += sum(gamma < 1 for gamma in gammas[self._own(attention)])
-        for parameter, rows in attention.rows.items():
-            row_factors = attention.rule.row_factors(rows, gammas)
-            if row_factors:
-                self._row_factors[parameter] = row_factors
+    def _decide(self, flat: Tensor) -> None:
+        """From the heads' largest logits to the factors of all rows, on the device."""
+        if self._tensors is None:
+            self._tensors = self._on_device(flat.device)
+        tensors = self._tensors
+        finite = torch.where(flat.isfinite(), flat, -math.inf)
+        largest = finite.amax()
+        self.largest = torch.where(largest.isfinite(), largest, 0.0)
+        tensors.logged = torch.maximum(tensors.logged, finite)
+        tensors.nonfinite += (flat == math.inf) & tensors.own
+        head_gammas = gammas(flat, tensors.thresholds)
+        tensors.clipped += ((head_gammas < 1) & tensors.own).sum()
+        factors = torch.cat((tensors.table.factors(head_gammas).float(), torch.ones(1, device=flat.device)))
+        self._factors = {parameter: factors[index] for parameter, index in tensors.range_of_row.items()}
+
+    def _on_device(self, device: torch.device) -> _OnDevice:
+        """What `_decide` needs of the attention modules, which does not change."""
+        heads = sum(self._sizes)
+        thresholds = torch.full((heads,), math.inf, dtype=torch.float64)
+        own = torch.zeros(heads, dtype=torch.bool)
+        parts: list[tuple[Sequence[HeadRows], int, float]] = []
+        pieces = self._tp_size if self._shares_groups else 1
+        num_ranges = sum(len(rows) for attention in self._attentions for rows in attention.rows.values())
+        range_of: dict[nn.Parameter, Tensor] = {}
+        first_head, first_range = 0, 0
+        for at, (attention, size) in enumerate(zip(self._attentions, self._sizes, strict=True)):
+            own[first_head : first_head + size][self._own(at)] = True
+            if attention.rule is not None:
+                thresholds[first_head : first_head + size] = attention.rule.threshold
+                for parameter, rows in attention.rows.items():
+                    parts.append((rows, first_head, attention.rule.alpha))
+                    local = torch.tensor(range_of_row(rows, parameter.size(0) * pieces))
+                    index = torch.where(local < len(rows), local + first_range, num_ranges)
+                    range_of[parameter] = index.to(device)
+                    first_range += len(rows)
+            first_head += size
+        return _OnDevice(
+            thresholds=thresholds.to(device),
+            own=own.to(device),
+            table=FactorTable.of(parts, device),
+            range_of_row=range_of,
+            logged=torch.full((heads,), -math.inf, device=device),
+            clipped=torch.zeros((), dtype=torch.long, device=device),
+            nonfinite=torch.zeros(heads, dtype=torch.long, device=device),
+        )
 
     @torch.no_grad()
     def apply(self, optimizer: CheckpointedOptimizer) -> None:
         """Scales what an optimizer stores of the rows that `collect` chose. Issues no collective."""
-        for parameter, row_factors in self._row_factors.items():
+        for parameter, factors in self._factors.items():
             if parameter not in optimizer.model_param_gbuf_map:
                 continue
             group, order = optimizer.model_param_group_index_map[parameter]
@@ -232,17 +258,69 @@ class QKClip:
             first = optimizer._get_model_param_range_map(parameter)["param"].start
             if self._shares_groups:
                 first += self._tp_rank * parameter.numel()
-            scale_rows(main.view(-1), first, parameter.numel() // parameter.size(0), row_factors)
+            scale_rows(main.view(-1), first, parameter.numel() // parameter.size(0), factors)
+
+    def skipped(self) -> None:
+        """Notes that a step did not update."""
+        self.largest = torch.zeros(())
 
     def maxima(self) -> dict[str, float]:
-        """The largest finite logit since the last call, of each attention module and of all; the ranks' maximum."""
-        logged, self._logged = self._logged, {}
+        """The largest finite logit since the last call, of each attention module and of all; the ranks' maximum.
+
+        Waits for the device.
+        """
+        if self._tensors is None:
+            return {}
+        of_each = torch.stack([part.amax() for part in torch.split(self._tensors.logged, self._sizes)]).tolist()
+        self._tensors.logged.fill_(-math.inf)
+        names = [f"max_attention_logit/{attention.name}" for attention in self._attentions]
+        logged = {name: value for name, value in zip(names, of_each, strict=True) if math.isfinite(value)}
         return {**({"max_attention_logit": max(logged.values())} if logged else {}), **logged}
 
     def counts(self) -> dict[str, float]:
-        """Heads clipped, and heads with logits that are not finite, since the last call; the sum over ranks."""
-        counts, self._counts = self._counts, dict.fromkeys(self._counts, 0)
-        return {name: count if self._reports else 0 for name, count in counts.items()}
+        """Heads clipped, and heads with logits that are not finite, since the last call; the sum over ranks.
+
+        Waits for the device, and warns of heads that are not finite.
+        """
+        clipped, nonfinite = 0, 0
+        if self._tensors is not None:
+            parts = torch.split(self._tensors.nonfinite, self._sizes)
+            clipped, *broken = torch.stack([self._tensors.clipped, *(part.sum() for part in parts)]).tolist()
+            self._tensors.clipped.zero_()
+            self._tensors.nonfinite.zero_()
+            nonfinite = sum(broken)
+            for attention, count in zip(self._attentions, broken, strict=True):
+                if count and self._reports:
+                    _LOG.warning(
+                        "%s: logits of heads were NaN or infinite %d times; QK-Clip left these heads alone",
+                        attention.name,
+                        count,
+                    )
+        reported = {"qk_clipped_heads": clipped, "qk_nonfinite_heads": nonfinite}
+        return {name: count if self._reports else 0 for name, count in reported.items()}
+
+
+@dataclass
+class _OnDevice:
+    """Tensors that `QKClip` keeps on the device.
+
+    Attributes:
+        thresholds: (heads,) fp64; infinity where logits are only logged.
+        own: (heads,): which of them are this rank's.
+        table: From gammas to the factors of row ranges.
+        range_of_row: Parameter -> for each of its rows, the range with its factor; the last, of factor 1, for others.
+        logged: (heads,): the largest finite logits since they were last logged.
+        clipped: Heads of this rank clipped since then.
+        nonfinite: (heads,): how often a head of this rank was not finite since then.
+    """
+
+    thresholds: Tensor
+    own: Tensor
+    table: FactorTable
+    range_of_row: dict[nn.Parameter, Tensor]
+    logged: Tensor
+    clipped: Tensor
+    nonfinite: Tensor
 
 
 def _is_recorded(module: Any) -> bool:
@@ -304,43 +382,22 @@ def _weight_and_bias(layer: nn.Module) -> Iterator[nn.Parameter]:
 _CLIPS: WeakKeyDictionary[nn.Module, ref[QKClip]] = WeakKeyDictionary()
 
 
-def make_qk_clip(
-    chunks: Sequence[nn.Module],
-    names: Mapping[nn.Parameter, str],
-    dp_cp_group: dist.ProcessGroup,
-    parallel: ProcessGroupCollection,
-) -> QKClip | None:
-    """QK-Clip as the configs of the attention modules ask for it; None if none of any rank does.
+def is_clip_needed(ranks: Iterable[tuple[bool, bool, bool]]) -> bool:
+    """Whether any rank has attention with logits that are read; then all ranks go through `QKClip`.
 
-    Collective over the world. Arguments as for `QKClip`.
+    Args:
+        ranks: Of each rank, whether clipping is asked for, and `QKClip.clips` and `.records`: a pipeline stage may have
+            no attention.
 
     Raises:
-        ValueError: As for `QKClip`, or if QK-Clip finds nothing to clip; on every rank.
-        NotImplementedError: As for `QKClip`, on every rank.
+        ValueError: If clipping is asked for, and no rank has anything to clip.
     """
-    problem: Exception | None = None
-    clip: QKClip | None = None
-    try:
-        clip = QKClip(chunks, names, dp_cp_group, parallel)
-    except (ValueError, NotImplementedError) as error:
-        problem = error
-    asked = any(getattr(chunk.config, "qk_clip", False) for chunk in chunks)
-    own = (problem, asked, clip is not None and clip.clips, clip is not None and clip.records)
-    # A pipeline stage without attention has no problem of its own.
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, own)
-    problems, asks, clips, records = zip(*gathered, strict=True)
-    for other in problems:
-        if other is not None:
-            raise other
+    asks, clips, records = zip(*ranks, strict=True)
     if any(asks) and not any(clips):
         raise ValueError(
             "--qk-clip: got a model without attention whose query and key weights are trained, expected some; omit it"
         )
-    if clip is None or not any(records):
-        return None
-    _CLIPS[chunks[0]] = ref(clip)
-    return clip
+    return any(records)
 
 
 def clip_of(model: Sequence[nn.Module]) -> QKClip | None:

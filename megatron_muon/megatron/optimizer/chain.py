@@ -55,7 +55,7 @@ class MuonChainedOptimizer(CheckpointedChain):
         """As for ChainedOptimizer; attention logits are forgotten, also if the step is skipped."""
         if self.qk_clip is None:
             return super().step()
-        self.qk_clip.largest = 0.0
+        self.qk_clip.skipped()
         try:
             return super().step()
         finally:

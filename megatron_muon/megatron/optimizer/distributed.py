@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -16,6 +15,7 @@ from megatron_muon.config import MuonConfig
 from megatron_muon.matrices.spec import MatrixSpec
 from megatron_muon.megatron.checkpoint.sharded_states import CheckpointedOptimizer, report_changes
 from megatron_muon.megatron.entry.checks import check_variant
+from megatron_muon.megatron.optimizer.process_grid import ProcessGrid
 from megatron_muon.optimizer.sharded_muon import ShardedMuon
 from megatron_muon.plan.build import CostModel, OwnershipPlan, PlanOptions, ShardedMatrix, Slice, build_plan
 from megatron_muon.plan.links_file import load_links
@@ -36,33 +36,11 @@ _NOT_IN_CHECKPOINTS = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Grid:
-    """The ranks that share Muon matrices: data-parallel times tensor-parallel, within an optimizer instance.
-
-    Attributes:
-        group: The process group over all of them.
-        dp_ranks: For each rank of `group`, its data-parallel rank.
-        tp_ranks: For each rank of `group`, its tensor-parallel rank.
-        node_of: For each rank of `group`, a number of the node it runs on; None if that is not known.
-    """
-
-    group: dist.ProcessGroup
-    dp_ranks: tuple[int, ...]
-    tp_ranks: tuple[int, ...]
-    node_of: tuple[int, ...] | None = None
-
-    @cached_property
-    def rank_at(self) -> dict[tuple[int, int], int]:
-        """(data-parallel rank, tensor-parallel rank) -> rank of `group`."""
-        return {at: rank for rank, at in enumerate(zip(self.dp_ranks, self.tp_ranks, strict=True))}
-
-
 def _device() -> torch.device:
     return torch.device(torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def plan_options(muon: MuonConfig, grid: Grid) -> PlanOptions:
+def plan_options(muon: MuonConfig, grid: ProcessGrid) -> PlanOptions:
     """What plans are made with on this machine."""
     links = load_links(muon.links) if muon.links else None
     return PlanOptions.from_config(muon, CostModel.for_device(_device().type, links), grid.node_of)
@@ -91,7 +69,7 @@ class MuonDistributedOptimizer(CheckpointedOptimizer):
         optimizer: ShardedMuon,
         *args: Any,
         specs: dict[nn.Parameter, MatrixSpec],
-        grid: Grid,
+        grid: ProcessGrid,
         names: Mapping[nn.Parameter, str] | None = None,
         **kwargs: Any,
     ) -> None:
