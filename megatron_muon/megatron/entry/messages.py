@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import sys
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from types import TracebackType
 
 PREFIX = "megatron_muon: "
 # Set to 1, errors keep their tracebacks.
 TRACEBACK_VARIABLE = "MEGATRON_MUON_TRACEBACK"
 
-# How long other processes of a node wait before they print an error: by then torchrun has ended them, if the first one
-# has failed as well.
+# Under another launcher than torchrun, how long the other processes of a node wait before they print an error: by then
+# the launcher has ended them, if the first one has failed as well.
 _OTHERS_WAIT_S = 3.0
 
 
@@ -50,11 +52,28 @@ def stop(error: BaseException) -> None:
     """
     if os.environ.get(TRACEBACK_VARIABLE) == "1":
         return
-    if int(os.environ.get("LOCAL_RANK", "0")) != 0:
-        time.sleep(_OTHERS_WAIT_S)
     text = " ".join(str(error).split("\n"))
-    print(f"{PREFIX}error: {text} ({TRACEBACK_VARIABLE}=1 shows where)", file=sys.stderr, flush=True)
+    if _is_first_to_tell(text):
+        print(f"{PREFIX}error: {text} ({TRACEBACK_VARIABLE}=1 shows where)", file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def _is_first_to_tell(text: str) -> bool:
+    """Whether no other process of this node has an error of this text."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if error_file is None:
+        if int(os.environ.get("LOCAL_RANK", "0")) != 0:
+            time.sleep(_OTHERS_WAIT_S)
+        return True
+    # torchrun keeps a directory for the processes of a node, and below it one for each of them.
+    marker = Path(error_file).parents[1] / f"megatron_muon.{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    try:
+        marker.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def describe_ranks(ranks: Iterable[int]) -> str:
