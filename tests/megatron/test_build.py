@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_muon.config import MuonConfig
 from megatron_muon.megatron.log.start_line import RankLoad, start_lines
 from tests.distributed import RankError, run_ranks
-from tests.models import Layout, make_chunks, optimizer_config, wrap
+from tests.models import Layout, initialize, make_chunks, optimizer_config, wrap
 
 
 def load(stage: int = 0, flops: int = 100, parameters: int = 0, **others: Any) -> RankLoad:
@@ -108,6 +108,59 @@ def test_start_line_and_groups() -> None:
     assert "MUON" not in ranks[0]["dp2 tp2"][1][False][1]
     descriptions = [rank["ep2"][1][True][1] for rank in ranks]
     assert all("MUON" not in description for description in descriptions), descriptions
+
+
+def gathers(rank: int, world_size: int) -> dict[str, tuple[int, int, int, list[str]]]:
+    """With AdamW alone and with Muon: bucket groups, gathers in a step and those not begun ahead, and warnings."""
+    import warnings
+
+    from megatron.core import optimizer as stock
+    from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup as Group
+
+    import megatron_muon
+    from tests.models import train_step
+
+    layout = Layout(world_size, ddp=dict(overlap_param_gather=True, overlap_grad_reduce=True, bucket_size=3000))
+    initialize(layout)
+    begun, late = [], []
+    start, finish = Group.start_param_sync, Group.finish_param_sync
+
+    def starting(self: Any, *args: Any, **kwargs: Any) -> None:
+        if not self.param_gather_dispatched:
+            begun.append(self)
+        start(self, *args, **kwargs)
+
+    def finishing(self: Any, *args: Any, **kwargs: Any) -> None:
+        if not self.param_gather_dispatched:
+            late.append(self)
+        finish(self, *args, **kwargs)
+
+    Group.start_param_sync, Group.finish_param_sync = starting, finishing
+    out = {}
+    for name in ("adamw", "muon"):
+        if name == "muon":
+            megatron_muon.enable(ns_dtype="fp32")
+        chunks = make_chunks("dense", layout, torch.float32)
+        wrapped = wrap(chunks, layout)
+        optimizer = stock.get_megatron_optimizer(optimizer_config(layout, torch.float32), wrapped)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            train_step(wrapped, optimizer, 0)
+            begun.clear()
+            late.clear()
+            train_step(wrapped, optimizer, 1)
+        told = [str(w.message) for w in caught if "all-gather" in str(w.message)]
+        out[name] = len(wrapped[0].bucket_groups), len(begun), len(late), told
+    return out
+
+
+def test_parameter_gathers_overlap_as_with_adamw_alone() -> None:
+    """All but the first are begun while the one before is waited for, and Megatron warns of no order."""
+    (adamw, muon), *_ = [list(found.values()) for found in run_ranks(gathers, 2)]
+    for groups, begun, late, told in (adamw, muon):
+        assert groups > 4 and begun == groups
+        assert late == 1
+        assert told == []
 
 
 def mimo(rank: int, world_size: int) -> None:

@@ -163,6 +163,20 @@ def init_ddp(
             # Computed from the untagged parameters; DDP computes the same layout for the tagged ones.
             full_param_layout = None
     original(self, config, ddp_config, module, disable_bucketing, pg_collection, full_param_layout)
+    if muon is not None and ddp_config.use_distributed_optimizer and ddp_config.overlap_param_gather:
+        for bucket_groups in (self.bucket_groups, self.expert_parallel_bucket_groups):
+            _order_param_gathers(bucket_groups, module)
+
+
+def _order_param_gathers(bucket_groups: Sequence[Any], module: nn.Module) -> None:
+    """Makes the gather of each bucket group start that of the group which the forward pass needs next.
+
+    Megatron links groups in the order of its buffers, in which all of one kind come before all of the other.
+    """
+    place = {parameter: index for index, parameter in enumerate(module.parameters())}
+    order = sorted(bucket_groups, key=lambda group: min(place[p] for b in group.buckets for p in b.params_list))
+    for group, following in zip(order, (*order[1:], None)):
+        group.next_param_gather_bucket_group = following
 
 
 def _fits(layout: Any, module: nn.Module, ddp_config: Any) -> bool:
