@@ -213,7 +213,8 @@ def test_flags_have_no_defaults_of_their_own() -> None:
     for name, setting in FIELDS.items():
         assert getattr(unset, f"muon_{name}") is None
         action = next(a for a in parser._actions if a.dest == f"muon_{name}")
-        assert f"(default: {setting.default}," in str(action.help)
+        default = repr(setting.default) if setting.default == "" else setting.default
+        assert f"(default: {default}," in str(action.help)
     assert config_from_args(unset) == MuonConfig.from_preset(DEFAULT_PRESET) == MuonConfig()
 
 
