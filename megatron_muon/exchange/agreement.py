@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.newton_schulz import load_backend
+from megatron_muon.newton_schulz import load_backend, shapes_problem
 from megatron_muon.plan.ownership import OwnershipPlan
 
 
@@ -29,13 +29,14 @@ def slices_problem(
     return None
 
 
-def backend_problem(muon: MuonConfig, device: torch.device) -> str | None:
-    """Says why this host cannot run the chosen Newton-Schulz back end; None if it can."""
+def backend_problem(muon: MuonConfig, plan: OwnershipPlan, device: torch.device) -> str | None:
+    """Says why this host cannot run the chosen Newton-Schulz back end on the plan's matrices; None if it can."""
     try:
         load_backend(muon.ns_backend, device.type)
     except RuntimeError as error:
         return str(error)
-    return None
+    specs = (matrix.spec for matrix in plan.matrices)
+    return shapes_problem(muon.ns_backend, {s.tile_shape(part) for s in specs for part in range(len(s.parts))})
 
 
 def compare_over_ranks(fingerprint: str, problem: str | None, group: dist.ProcessGroup | None) -> None:

@@ -104,7 +104,7 @@ class ShardedMuon(torch.optim.Optimizer):
             raise ValueError(f"bind: the plan was made for {plan.ns_steps} ns_steps, expected {self.muon.ns_steps}")
         rank = dist.get_rank(group) if dist.is_initialized() else 0
         problem = slices_problem(plan, rank, slices, [p for g in self.param_groups for p in g["params"]])
-        problem = problem or backend_problem(self.muon, device)
+        problem = problem or backend_problem(self.muon, plan, device)
         compare_over_ranks(plan.fingerprint, problem, group)
         # AdaMuon divides all updates of a round at once, on slices.
         at_owner = self.muon.variant != "adamuon"
