@@ -27,10 +27,12 @@ setup(
         # `make docs`.
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.7,<10", "mkdocstrings[python]>=1"],
         "kernels": ["emerging-optimizers>=0.3,<0.4"],
+        # `python -m megatron_muon import`; Transformers loads what `export` writes.
+        "huggingface": ["safetensors>=0.5", "transformers>=4.57"],
         "test": [
             *("einops>=0.8", "hypothesis>=6", "jsonschema>=4.18", "mypy>=1.15", "nvidia-ml-py>=12.570"),
             *("pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.17", "tensorboard>=2.16"),
-            "vl-convert-python>=1.9",
+            *("safetensors>=0.5", "transformers>=4.57", "vl-convert-python>=1.9"),
         ],
     },
 )

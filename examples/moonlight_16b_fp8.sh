@@ -27,7 +27,8 @@ MODEL=(
   --qk-head-dim 128                     # a head's queries and keys, the part without a position,
   --qk-pos-emb-head-dim 64              # and the rotated part
   --v-head-dim 128                      # a head's values
-  --qk-layernorm                        # a norm on the compressed state
+  --qk-layernorm                        # a norm on the compressed state,
+  --spec megatron_muon.megatron.model.latent_attention layer_spec # and none on the queries
   --position-embedding-type rope        # positions rotate queries and keys
   --rope-type rope                      # MLA's default is YaRN
   --no-rope-fusion                      # Megatron fuses MLA's rotation under YaRN only
@@ -36,7 +37,7 @@ MODEL=(
   --swiglu                              # gated MLPs, also in experts
   --ffn-hidden-size 11264               # the first layer's MLP
   --normalization RMSNorm               # of layers' inputs; scale only
-  --norm-epsilon 1e-5                   # added to the mean square
+  --norm-epsilon 1e-6                   # added to the mean square, as Transformers does
   --disable-bias-linear                 # linears have no biases
   --untie-embeddings-and-output-weights # the head has weights of its own
   --attention-dropout 0                 # none in pretraining,

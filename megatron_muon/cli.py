@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_muon.checkpoints import command as checkpoints
+from megatron_muon.checkpoints.huggingface import command as huggingface
 from megatron_muon.estimate import command as plan
 from megatron_muon.profile import report_command as report
 
@@ -16,6 +17,8 @@ SUBCOMMANDS: tuple[Callable[[Any], argparse.ArgumentParser], ...] = (
     report.add_parser,
     checkpoints.add_inspect_parser,
     checkpoints.add_convert_parser,
+    huggingface.add_export_parser,
+    huggingface.add_import_parser,
 )
 
 

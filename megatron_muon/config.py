@@ -166,6 +166,9 @@ class MuonConfig:
     verify_checkpoint: bool = _setting(
         "checkpoints", True, "check a checkpoint's files and tensors against its manifest before loading"
     )
+    verify_saves: bool = _setting(
+        "checkpoints", False, "read every saved checkpoint back and compare it with what was written; training waits"
+    )
     moe_fp8: MoeFp8 = _setting(
         "FP8",
         "off",

@@ -20,7 +20,7 @@ import re
 from collections.abc import Collection, Iterable
 from typing import Literal
 
-Kind = Literal["adamw", "megatron-muon", "distributed-muon"]
+OptimizerKind = Literal["adamw", "megatron-muon", "distributed-muon"]
 
 PARAM, FP32_PARAM = "param", "fp32_param"
 MOMENTUM, SECOND_MOMENT = "momentum_buffer", "second_moment"
@@ -31,6 +31,21 @@ PREFIX = "optimizer.state"
 _KEY = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.([a-z0-9_]+)\.(.+)")
 # Megatron's flat buckets, of all parameters of a data type: `...bucket_idx_0.exp_avg`.
 _IN_BUCKETS = re.compile(r"(?:chained_\d+\.)?optimizer\.distributed\..*\.([a-z0-9_]+)")
+
+
+def states_of(kind: OptimizerKind, *, is_matrix: bool) -> tuple[str, ...]:
+    """The states that an optimizer keeps of a parameter, as in the table above; main parameters come first.
+
+    Args:
+        kind: The optimizer.
+        is_matrix: Whether it updates the parameter as a matrix.
+    """
+    if kind == "adamw" or (kind == "distributed-muon" and not is_matrix):
+        return (PARAM, MEAN, SQUARE)
+    if kind == "distributed-muon":
+        return (PARAM, MOMENTUM)
+    # Which optimizer Megatron gives the others depends on how the script makes its model: either finds its own.
+    return (FP32_PARAM, MOMENTUM) if is_matrix else (FP32_PARAM, PARAM, MEAN, SQUARE)
 
 
 def state_key(state: str, name: str) -> str:
@@ -57,7 +72,7 @@ def states_among(keys: Iterable[str]) -> tuple[set[str], set[str]]:
     return single, {state for key in listed if (state := state_in_buckets(key))}
 
 
-def kind_by_states(states: Collection[str]) -> Kind | None:
+def kind_by_states(states: Collection[str]) -> OptimizerKind | None:
     """Which optimizer keeps these states; None for one that is not in the table, or for no states."""
     if MOMENTUM in states:
         return "megatron-muon" if FP32_PARAM in states else "distributed-muon"

@@ -69,6 +69,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("links", 3, "expected str"),
     ("log_params", "all", "expected bool"),
     ("verify_checkpoint", 0, "expected bool"),
+    ("verify_saves", 1, "expected bool"),
 ]
 
 
@@ -254,6 +255,7 @@ OTHER_VALUES: dict[str, Any] = dict(
     log_params=True,
     init_from_adamw="fresh",
     verify_checkpoint=False,
+    verify_saves=True,
     moe_fp8="blockwise",
 )
 

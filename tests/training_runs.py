@@ -127,13 +127,17 @@ def _parts(optimizer: Any) -> list[Any]:
 
 
 def launch_ranks(
-    *arguments: str, world_size: int = 2, stop: tuple[Stop, int] | None = None, script: str = SCRIPT
+    *arguments: str,
+    world_size: int = 2,
+    stop: tuple[Stop, int] | None = None,
+    script: str = SCRIPT,
+    run: Callable[..., Trace] = train,
 ) -> list[Trace]:
-    """Runs a script on ranks of their own; one trace a rank."""
+    """Runs a script on ranks of their own; one trace a rank. `run` is `train` or a function around it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    traces: list[Trace] = run_ranks(train, world_size, port, script, [*MODEL, *TRAINING, *arguments], stop)
+    traces: list[Trace] = run_ranks(run, world_size, port, script, [*MODEL, *TRAINING, *arguments], stop)
     return traces
 
 

@@ -5,14 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_args
 
-from megatron_muon.state_keys import Kind
-
-Progress = Callable[[str, int, int], None]
+from megatron_muon.state_keys import OptimizerKind
 
 
 def add_inspect_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -41,13 +37,13 @@ def add_convert_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("source", type=Path, metavar="SRC", help="directory of a run, or of one iteration")
     parser.add_argument("target", type=Path, metavar="DST", help="new directory, for --load")
-    parser.add_argument("--from", dest="source_kind", choices=get_args(Kind), required=True)
-    parser.add_argument("--to", dest="target_kind", choices=get_args(Kind), required=True)
+    parser.add_argument("--from", dest="source_kind", choices=get_args(OptimizerKind), required=True)
+    parser.add_argument("--to", dest="target_kind", choices=get_args(OptimizerKind), required=True)
     parser.add_argument(
         "--momentum",
         choices=("exp_avg", "zeros"),
         default="exp_avg",
-        help="exp_avg: keep the mean gradient (default); zeros: start anew",
+        help="exp_avg: keep the mean gradient (default); zeros: start from zero",
     )
     parser.add_argument(
         "--muon-momentum",
@@ -64,34 +60,33 @@ def add_convert_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run_inspect(args: argparse.Namespace) -> int:
     """Runs `inspect`; returns 0, or 2 if the checkpoint is bad: then the message is on standard error."""
-    from rich.console import Console
-
     from megatron_muon.checkpoints.inspection import inspect, print_inspection
     from megatron_muon.checkpoints.reader import Checkpoint
+    from megatron_muon.observe.console import progress_bar
 
     try:
-        with _progress() as progress:
+        with progress_bar() as progress:
             found = inspect(Checkpoint(args.checkpoint), norms=not args.no_norms, progress=progress)
     except ValueError as error:
-        return _fail("inspect", error)
+        return fail("inspect", error)
     if args.json:
         print(json.dumps(found.to_json(), indent=2))
     else:
-        # Into a file or a pipe, rich would fold everything into 80 columns.
-        print_inspection(found, Console() if sys.stdout.isatty() else Console(width=150))
+        print_inspection(found)
     return 0
 
 
 def run_convert(args: argparse.Namespace) -> int:
     """Runs `convert`; returns 0, or 2 if an option, the source or the disk is bad."""
     from megatron_muon.checkpoints.convert import Options, convert
+    from megatron_muon.observe.console import progress_bar
 
     options = Options(args.source_kind, args.target_kind, args.momentum, args.muon_momentum, args.muon_router)
     try:
-        with _progress() as progress:
+        with progress_bar() as progress:
             result = convert(args.source, args.target, options, progress)
     except (ValueError, RuntimeError, OSError) as error:
-        return _fail("convert", error)
+        return fail("convert", error)
     print(f"wrote {result.directory}: {result.copied} tensors copied, {result.scaled} scaled, verified")
     if result.squared:
         print(
@@ -102,24 +97,13 @@ def run_convert(args: argparse.Namespace) -> int:
         print(f"{len(result.fresh)} parameters start with an optimizer state of zeros")
     if result.restart_factor is not None:
         print(
-            f"their first updates by AdamW are up to {result.restart_factor:.2f} times the usual size: its step count "
-            "goes on"
+            f"their first updates by AdamW are up to {result.restart_factor:.2f} times the usual size, since its step "
+            "count continues"
         )
     return 0
 
 
-def _fail(name: str, error: Exception) -> int:
-    print(f"megatron_muon {name}: {error}", file=sys.stderr)
+def fail(command: str, error: Exception) -> int:
+    """Prints an error in one line on standard error; returns the exit code."""
+    print(f"megatron_muon {command}: {error}", file=sys.stderr)
     return 2
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A bar on standard error, gone when done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("")
-        yield lambda key, done, total: bar.update(task, description=key, completed=done, total=total)

@@ -1,4 +1,4 @@
-"""What a checkpoint's parameters are, and which optimizer wrote it. States are named in `state_keys`."""
+"""The parameters in a checkpoint, and the optimizer that wrote it. States are named in `state_keys`."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_muon.checkpoints.reader import Checkpoint
-from megatron_muon.state_keys import Kind, kind_by_states, split_key, states_among
+from megatron_muon.state_keys import OptimizerKind, kind_by_states, split_key, states_among
 
 FULLY_RESHARDABLE = "fully_reshardable"
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A trained parameter: its name in the model, its whole shape, and the keys of its states by state."""
+    """A trained parameter: its name in the model, its whole shape, and the key of each of its states."""
 
     name: str
     shape: tuple[int, ...]
@@ -23,19 +23,19 @@ class Parameter:
 
     @property
     def stacked(self) -> int:
-        """How many leading axes count layers or experts, which Megatron stacks into one tensor."""
+        """The number of leading axes that count layers or experts, which Megatron stacks into one tensor."""
         layers = re.search(r"\.layers\.(?!\d)", self.name) is not None
         experts = re.search(r"\.experts\.(?!\d)", self.name) is not None
         return int(layers) + int(experts)
 
-    def is_muons(self, kind: Kind, router: str = "muon") -> bool:
+    def is_muons(self, kind: OptimizerKind, router: str = "muon") -> bool:
         """Whether an optimizer updates the parameter as a matrix, judging by name and shape."""
         if kind == "adamw" or len(self.shape) - self.stacked != 2:
             return False
         if re.search(r"(^|\.)(word_embeddings|output_layer)\.", self.name):
             return False
         if kind == "megatron-muon":
-            # Learned positions are not marked as an embedding there, and so are Muon's.
+            # Learned positions are not marked as an embedding there, so that Muon updates them.
             return True
         return not ("embedding" in self.name or (router == "adam" and self.name.endswith("router.weight")))
 
@@ -53,7 +53,7 @@ def parameters(checkpoint: Checkpoint) -> dict[str, Parameter]:
 
 
 def optimizer_entries(common: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a checkpoint says of each optimizer of the chain beside tensors."""
+    """The state of each optimizer of the chain, without tensors."""
     state = common.get("optimizer")
     if not isinstance(state, dict):
         return []
@@ -65,7 +65,7 @@ def sharding(checkpoint: Checkpoint) -> str:
     return str((checkpoint.common.get("content_metadata") or {}).get("distrib_optim_sharding_type", "unknown"))
 
 
-def kind_of(checkpoint: Checkpoint) -> Kind | None:
+def optimizer_kind(checkpoint: Checkpoint) -> OptimizerKind | None:
     """Which optimizer wrote a checkpoint; None if it holds no optimizer state."""
     return kind_by_states(set.union(*states_among(checkpoint.tensors)))
 
@@ -73,3 +73,8 @@ def kind_of(checkpoint: Checkpoint) -> Kind | None:
 def model_keys(keys: Iterable[str]) -> list[str]:
     """Those of `keys` that name tensors of the model itself."""
     return [key for key in keys if not re.match(r"(chained_\d+\.)?optimizer\.", key)]
+
+
+def is_optimizer_state(key: str) -> bool:
+    """Whether a tensor's key is that of optimizer state, in any of Megatron's formats."""
+    return not model_keys([key])

@@ -1,16 +1,15 @@
 """Makes another optimizer's checkpoint of a checkpoint, one chunk in memory at a time.
 
-Muon's momentum is taken for a running mean of the gradient, which is what AdamW's `exp_avg` and Megatron's Muon hold.
-Distributed Muon's buffer, as Moonlight's, is a sum: mean / (1 - momentum).
+AdamW's `exp_avg` and the momentum of Megatron's Muon are running means of the gradient. Distributed Muon's buffer, as
+Moonlight's, is a sum: mean / (1 - momentum).
 
-A matrix that goes back to AdamW starts with the mean gradient and a second moment made for it (`moments`), or with
+A matrix that is converted to AdamW starts with the mean gradient and a second moment made for it (`moments`), or with
 zeros for both: AdamW's update then exceeds its usual size by at most `largest_restart_factor`, since the step count,
-and so the bias correction, goes on.
+and so the bias correction, continues.
 """
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,23 @@ from typing import Literal
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from megatron_muon.checkpoints.contents import FULLY_RESHARDABLE, Parameter, kind_of, parameters, sharding
-from megatron_muon.checkpoints.manifest import manifest_of
+from megatron_muon.checkpoints.contents import FULLY_RESHARDABLE, Parameter, optimizer_kind, parameters, sharding
 from megatron_muon.checkpoints.moments import largest_restart_factor, mean_squares, spread, square_factor
 from megatron_muon.checkpoints.param_groups import adam_settings, converted_common, source_momentum
 from megatron_muon.checkpoints.reader import BACKEND, COMMON, TRACKER, Checkpoint
-from megatron_muon.checkpoints.writer import CheckpointWriter
-from megatron_muon.state_keys import FP32_PARAM, MEAN, MOMENTUM, PARAM, SQUARE, Kind, split_key, state_key
+from megatron_muon.checkpoints.writer import CheckpointWriter, written_whole
+from megatron_muon.config import MuonConfig
+from megatron_muon.state_keys import (
+    FP32_PARAM,
+    MEAN,
+    MOMENTUM,
+    PARAM,
+    SQUARE,
+    OptimizerKind,
+    split_key,
+    state_key,
+    states_of,
+)
 
 Momentum = Literal["exp_avg", "zeros"]
 
@@ -37,13 +46,13 @@ class Options:
     Attributes:
         source: Optimizer of the source checkpoint.
         target: Optimizer to convert to.
-        start: `exp_avg` keeps the mean gradient, `zeros` starts anew.
-        momentum: Of the Muon converted to; None: the source's if it is a Muon's, else 0.95.
-        router: `adam` if the run that is to load leaves routers to AdamW.
+        start: `exp_avg` keeps the mean gradient, `zeros` starts from zero.
+        momentum: Momentum of the Muon to convert to; None takes the source's, or 0.95 from AdamW.
+        router: `adam` if the run that will load it leaves routers to AdamW.
     """
 
-    source: Kind
-    target: Kind
+    source: OptimizerKind
+    target: OptimizerKind
     start: Momentum = "exp_avg"
     momentum: float | None = None
     router: str = "muon"
@@ -54,12 +63,12 @@ class Entry:
     """A tensor of the target, of the shape of `source`.
 
     Attributes:
-        key: Its key.
-        source: The source's tensor; what is neither copied nor scaled is fp32.
-        divisor: What it is divided by.
-        zeros: Whether it is zeros instead.
-        square: The mean square of each matrix of `source` times this instead, if given.
-        stacked: How many leading axes count matrices.
+        key: Key of the tensor.
+        source: Key of the source's tensor; values that are not copied are fp32.
+        divisor: Number by which the source is divided.
+        zeros: Whether the tensor is zero instead.
+        square: Factor on the mean square of each matrix of the source, which the tensor then holds; None: it does not.
+        stacked: Number of leading axes that count matrices.
     """
 
     key: str
@@ -76,11 +85,11 @@ class Result:
 
     Attributes:
         directory: The new checkpoint's iteration.
-        copied: Tensors that are bitwise the source's.
-        scaled: Momentum that was scaled.
-        squared: Second moments that were made from momentum.
-        fresh: Parameters whose state starts with zeros.
-        restart_factor: How far AdamW's update may exceed its usual size where its state starts with zeros.
+        copied: Number of tensors that are bitwise the source's.
+        scaled: Number of momenta that were scaled.
+        squared: Number of second moments that were made from momentum.
+        fresh: Parameters with a state that starts from zero.
+        restart_factor: Factor by which AdamW's first updates of those may exceed their usual size.
     """
 
     directory: Path
@@ -96,8 +105,7 @@ def convert(
 ) -> Result:
     """Converts the checkpoint of an iteration; the target is a directory for `--load`, with its tracker file.
 
-    It is written under another name and renamed when everything has been read back, so that `target_path` is either a
-    whole checkpoint or not there.
+    It is written under another name, read back, and renamed, so that `target_path` is a whole checkpoint or not there.
 
     Args:
         source_path: Directory of a run or of an iteration.
@@ -109,18 +117,14 @@ def convert(
         ValueError: If an option or the source is bad, or `target_path` exists.
         RuntimeError: If what was written does not read back.
     """
-    partial = target_path.with_name(f".{target_path.name}.partial")
-    for path in (target_path, partial):
-        if path.exists():
-            raise ValueError(f"DST: got {path}, which exists, expected a new directory; remove it, or name another")
-    checkpoint = Checkpoint(source_path)
-    _check(checkpoint, options)
-    entries = list(plan_entries(checkpoint, options))
-    momentum = _target_momentum(checkpoint, options)
-    common = converted_common(checkpoint.common, options.source, options.target, momentum)
-    iteration = int(common.get("iteration", 0))
-    name = f"iter_{iteration:07d}"
-    try:
+    with written_whole(target_path, "DST") as partial:
+        checkpoint = Checkpoint(source_path)
+        _check(checkpoint, options)
+        entries = list(plan_entries(checkpoint, options))
+        momentum = _target_momentum(checkpoint, options)
+        common = converted_common(checkpoint.common, options.target, momentum)
+        iteration = int(common.get("iteration", 0))
+        name = f"iter_{iteration:07d}"
         writer = CheckpointWriter(partial / name)
         for number, entry in enumerate(entries):
             if progress is not None:
@@ -131,17 +135,12 @@ def convert(
                 with checkpoint.open(MetadataIndex(key)) as stream:
                     writer.copy(MetadataIndex(key), stream)
         writer.add_object(COMMON, common)
-        writer.finish((checkpoint.directory / BACKEND).read_bytes())
-        manifest_of(partial / name, options.target).write(partial / name)
+        writer.finish((checkpoint.directory / BACKEND).read_bytes(), {"optimizer": options.target})
         (partial / TRACKER).write_text(str(iteration), encoding="utf-8")
-        partial.rename(target_path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     if progress is not None:
         progress("done", len(entries), len(entries))
     fresh = tuple(sorted({entry.source for entry in entries if entry.zeros}))
-    betas, _ = adam_settings(checkpoint.common, options.source)
+    betas, _ = adam_settings(checkpoint.common)
     to_adam = any(entry.zeros and SQUARE in entry.key for entry in entries)
     return Result(
         target_path / name,
@@ -163,25 +162,28 @@ def plan_entries(checkpoint: Checkpoint, options: Options) -> Iterator[Entry]:
         if split_key(key) is None:
             yield Entry(key, key)
     for parameter in parameters(checkpoint).values():
-        main = _state(checkpoint, parameter, PARAM, FP32_PARAM)
         is_muons = parameter.is_muons(options.target, options.router)
-        for state in _main_states(options.target, is_muons):
-            yield Entry(state_key(state, parameter.name), main)
-        if is_muons:
-            yield _momentum(checkpoint, parameter, options)
-        elif MOMENTUM in parameter.states:
-            yield from _moments(checkpoint, parameter, options)
-        else:
-            for state in (MEAN, SQUARE):
-                yield Entry(state_key(state, parameter.name), _state(checkpoint, parameter, state))
+        for state in states_of(options.target, is_matrix=is_muons):
+            yield _entry(checkpoint, parameter, state, options)
 
 
-def _main_states(target: Kind, is_muons: bool) -> tuple[str, ...]:
-    """Under which names a main parameter is looked for."""
-    if target != "megatron-muon":
-        return (PARAM,)
-    # Which optimizer Megatron gives the others depends on how the script makes its model: either finds its own.
-    return (FP32_PARAM,) if is_muons else (FP32_PARAM, PARAM)
+def _entry(checkpoint: Checkpoint, parameter: Parameter, state: str, options: Options) -> Entry:
+    """A state of the target: copied, or made of what the source has."""
+    key = state_key(state, parameter.name)
+    if state in (PARAM, FP32_PARAM):
+        return Entry(key, _state(checkpoint, parameter, PARAM, FP32_PARAM))
+    if state == MOMENTUM:
+        return _momentum(checkpoint, parameter, options)
+    if MOMENTUM not in parameter.states:
+        return Entry(key, _state(checkpoint, parameter, state))
+    source = parameter.states[MOMENTUM]
+    if options.start == "zeros":
+        return Entry(key, source, zeros=True)
+    factor = _mean_per_momentum(checkpoint, options)
+    if state == MEAN:
+        return Entry(key, source, divisor=1.0 / factor)
+    betas, step = adam_settings(checkpoint.common)
+    return Entry(key, source, square=factor**2 * square_factor(betas, step), stacked=parameter.stacked)
 
 
 def _momentum(checkpoint: Checkpoint, parameter: Parameter, options: Options) -> Entry:
@@ -194,29 +196,15 @@ def _momentum(checkpoint: Checkpoint, parameter: Parameter, options: Options) ->
     return Entry(state_key(MOMENTUM, parameter.name), source, divisor=1.0 if zeros else divisor, zeros=zeros)
 
 
-def _moments(checkpoint: Checkpoint, parameter: Parameter, options: Options) -> Iterator[Entry]:
-    """AdamW's moments of a parameter that was Muon's."""
-    source = parameter.states[MOMENTUM]
-    mean, square = (state_key(state, parameter.name) for state in (MEAN, SQUARE))
-    if options.start == "zeros":
-        yield Entry(mean, source, zeros=True)
-        yield Entry(square, source, zeros=True)
-        return
-    factor = _mean_per_momentum(checkpoint, options)
-    betas, step = adam_settings(checkpoint.common, options.source)
-    yield Entry(mean, source, divisor=1.0 / factor)
-    yield Entry(square, source, square=factor**2 * square_factor(betas, step), stacked=parameter.stacked)
-
-
 def _mean_per_momentum(checkpoint: Checkpoint, options: Options) -> float:
-    """What Muon's momentum in the source is multiplied by to be a mean gradient."""
+    """The factor that turns Muon's momentum in the source into a mean gradient."""
     return 1.0 - (source_momentum(checkpoint.common) or 0.0) if options.source == "distributed-muon" else 1.0
 
 
 def _check(checkpoint: Checkpoint, options: Options) -> None:
     if options.source == options.target:
         raise ValueError(f"--to: got {options.target}, which --from says too, expected another optimizer")
-    found = kind_of(checkpoint)
+    found = optimizer_kind(checkpoint)
     if found != options.source:
         raise ValueError(
             f"--from: got {options.source}, expected {found or 'none: there is no optimizer state'}, by which "
@@ -237,7 +225,7 @@ def _target_momentum(checkpoint: Checkpoint, options: Options) -> float:
     if options.momentum is not None:
         return options.momentum
     found = source_momentum(checkpoint.common)
-    return 0.95 if found is None else found
+    return MuonConfig.momentum if found is None else found
 
 
 def _state(checkpoint: Checkpoint, parameter: Parameter, *states: str) -> str:

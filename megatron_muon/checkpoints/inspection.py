@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from megatron_muon.checkpoints.contents import kind_of, model_keys, parameters, sharding
+from megatron_muon.checkpoints.contents import model_keys, optimizer_kind, parameters, sharding
 from megatron_muon.checkpoints.param_groups import source_momentum
-from megatron_muon.checkpoints.reader import Checkpoint
+from megatron_muon.checkpoints.reader import Checkpoint, dtype_name
 from megatron_muon.state_keys import FP32_PARAM, MOMENTUM, PARAM
 
 # Names in Megatron's args, in the order in which they are printed.
@@ -65,7 +65,7 @@ def inspect(
     Raises:
         ValueError: If something in it is missing or damaged.
     """
-    common, kind = checkpoint.common, kind_of(checkpoint)
+    common, kind = checkpoint.common, optimizer_kind(checkpoint)
     args = common.get("args")
     layout = {short: getattr(args, name, None) for short, name in _LAYOUT.items()}
     trained = parameters(checkpoint)
@@ -83,10 +83,10 @@ def inspect(
             Row(
                 name=name,
                 shape=tuple(first.size),
-                dtype=_dtype(first.properties.dtype),
+                dtype=dtype_name(first.properties.dtype),
                 chunks=len(first.chunks),
                 optimizer="muon" if MOMENTUM in states else "adamw" if states else "none",
-                states={state: _dtype(tensors[key].properties.dtype) for state, key in sorted(states.items())},
+                states={state: dtype_name(tensors[key].properties.dtype) for state, key in sorted(states.items())},
                 norms={state: _norm(checkpoint, key) for state, key in keys.items()} if norms else {},
             )
         )
@@ -103,10 +103,6 @@ def inspect(
     )
 
 
-def _dtype(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _norm(checkpoint: Checkpoint, key: str) -> float:
     squares = 0.0
     for _, chunk in checkpoint.chunks(key):
@@ -118,30 +114,30 @@ def _norm(checkpoint: Checkpoint, key: str) -> float:
     return math.sqrt(squares)
 
 
-def print_inspection(found: Inspection, console: Any) -> None:
+def print_inspection(found: Inspection) -> None:
     """Prints a table of the parameters under a line for each general fact."""
-    from rich.table import Table
+    from megatron_muon.observe.console import console, table
 
     layout = " ".join(f"{name}={size}" for name, size in found.layout.items()) or "not recorded"
-    console.print(f"checkpoint   {found.directory}", highlight=False, soft_wrap=True)
-    console.print(f"optimizer    {found.optimizer}, state {found.sharding}", highlight=False)
-    console.print(f"iteration    {found.iteration}", highlight=False)
-    if found.momentum is not None:
-        console.print(f"momentum     {found.momentum}", highlight=False)
-    console.print(f"written by   {layout}", highlight=False)
-    table = Table("parameter", "shape", "dtype", "optimizer", "weight norm", "state", "state norm")
+    facts = {
+        "checkpoint": found.directory,
+        "optimizer": f"{found.optimizer}, state {found.sharding}",
+        "iteration": found.iteration,
+        "momentum": found.momentum,
+        "written by": layout,
+    }
+    out = console()
+    for name, value in facts.items():
+        if name != "momentum" or value is not None:
+            out.print(f"{name:12} {value}", soft_wrap=True)
+    rows = []
     for row in found.rows:
         states = [state for state in row.states if state not in (PARAM, FP32_PARAM)]
-        table.add_row(
-            row.name,
-            "x".join(str(size) for size in row.shape),
-            row.dtype,
-            row.optimizer,
-            _number(row.norms.get("weight")),
-            "\n".join(states),
-            "\n".join(_number(row.norms.get(state)) for state in states),
-        )
-    console.print(table)
+        shape = "x".join(str(size) for size in row.shape)
+        first = (row.name, shape, row.dtype, row.optimizer, _number(row.norms.get("weight")))
+        numbers = [_number(row.norms.get(state)) for state in states]
+        rows.append((*first, "\n".join(states), "\n".join(numbers)))
+    out.print(table(("parameter", "shape", "dtype", "optimizer", "weight norm", "state", "state norm"), rows))
 
 
 def _number(value: float | None) -> str:

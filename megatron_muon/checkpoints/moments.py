@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from megatron_muon.checkpoints.reader import Checkpoint
+from megatron_muon.config import MuonConfig
 
-UPDATE_RMS = 0.2
 # Numbers at a time: a float64 copy of a whole chunk would be twice its size.
 _PIECE_NUMEL = 1 << 20
 
@@ -34,7 +34,7 @@ def square_factor(betas: tuple[float, float], step: int) -> float:
         step: How often AdamW has stepped, over all its parameters.
     """
     first, second = (1.0 - beta ** (step + 1) for beta in betas)
-    return float(second / (UPDATE_RMS * first) ** 2)
+    return float(second / (MuonConfig.update_rms * first) ** 2)
 
 
 def largest_restart_factor(beta1: float, beta2: float) -> float:

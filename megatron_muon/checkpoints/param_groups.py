@@ -1,7 +1,7 @@
 """Parameter groups and settings of one optimizer in the form that another one's load expects.
 
-Tensors are not touched here. What a group is for (its multipliers, whether it is of experts) and what the schedule has
-set are kept; what only the source's optimizer knows is dropped.
+Tensors are not touched here. A group keeps its identity (multipliers, whether it holds experts) and what the schedule
+has set; settings that only the source's optimizer has are dropped.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_muon.checkpoints.contents import FULLY_RESHARDABLE, optimizer_entries
-from megatron_muon.state_keys import Kind
+from megatron_muon.state_keys import OptimizerKind
 
 _ADAMS = frozenset(
     {
@@ -28,19 +28,18 @@ _IDENTITY = ("is_expert_parallel", "is_decoupled_lr", "wd_mult", "lr_mult", "def
 Group = dict[str, Any]
 
 
-def converted_common(common: Mapping[str, Any], source: Kind, target: Kind, momentum: float) -> dict[str, Any]:
+def converted_common(common: Mapping[str, Any], target: OptimizerKind, momentum: float) -> dict[str, Any]:
     """The common state of a checkpoint, with the optimizer's part as `target` expects it.
 
     Args:
         common: As in the source.
-        source: The source's optimizer.
         target: The optimizer to convert to.
-        momentum: Of Muon, as recorded for `target`.
+        momentum: Muon's momentum, as recorded for `target`.
 
     Raises:
         ValueError: If the source has no groups of AdamW to take its settings from.
     """
-    adam, muon, step, rest = _groups(common, source)
+    adam, muon, step, rest = _groups(common)
     if not adam:
         raise ValueError("the checkpoint has no parameter groups of AdamW, expected at least one; is it damaged?")
     if target == "adamw":
@@ -66,14 +65,14 @@ def source_momentum(common: Mapping[str, Any]) -> float | None:
     return None
 
 
-def adam_settings(common: Mapping[str, Any], source: Kind) -> tuple[tuple[float, float], int]:
+def adam_settings(common: Mapping[str, Any]) -> tuple[tuple[float, float], int]:
     """AdamW's betas and step count."""
-    adam, _, step, _ = _groups(common, source)
+    adam, _, step, _ = _groups(common)
     first, second = adam[0]["betas"] if adam else (0.9, 0.999)
     return (float(first), float(second)), step
 
 
-def _groups(common: Mapping[str, Any], source: Kind) -> tuple[list[Group], list[Group], int, dict[str, Any]]:
+def _groups(common: Mapping[str, Any]) -> tuple[list[Group], list[Group], int, dict[str, Any]]:
     """AdamW's groups, Muon's, how often AdamW has stepped, and what an entry holds beside them (a gradient scaler)."""
     adam: list[Group] = []
     muon: list[Group] = []
@@ -138,7 +137,7 @@ def _megatron_muon(adam: list[Group], muon: list[Group], step: int, momentum: fl
     }
 
 
-def _arguments(args: Any, target: Kind) -> Any:
+def _arguments(args: Any, target: OptimizerKind) -> Any:
     args = copy.copy(args)
     args.optimizer = "muon" if target == "megatron-muon" else "adam"
     args.use_distributed_optimizer = target != "megatron-muon"

@@ -11,7 +11,7 @@ import io
 import json
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -75,13 +75,14 @@ class Checkpoint:
         metadata: torch.distributed.checkpoint's, read without a plain unpickle.
 
     Raises:
-        ValueError: If there is no such checkpoint, or it is damaged or not what it says.
+        ValueError: If there is no such checkpoint, or it is damaged.
     """
 
     def __init__(self, path: Path) -> None:
         self.directory = iteration_directory(path)
         self.metadata = _read_metadata(self.directory)
         self._root = self.directory.resolve()
+        self._kept: dict[tuple[str, tuple[int, ...]], Tensor] = {}
 
     @cached_property
     def tensors(self) -> dict[str, TensorStorageMetadata]:
@@ -91,7 +92,7 @@ class Checkpoint:
 
     @property
     def objects(self) -> list[str]:
-        """Keys of what is no tensor."""
+        """Keys of entries that are not tensors."""
         return [key for key, entry in self.metadata.state_dict_metadata.items() if key not in self.tensors]
 
     @cached_property
@@ -124,24 +125,65 @@ class Checkpoint:
         Raises:
             ValueError: If a chunk is missing, damaged, or not of the shape and dtype that the metadata says.
         """
-        entry = self.tensors[key]
-        for chunk in entry.chunks:
-            index = MetadataIndex(key, chunk.offsets)
-            try:
-                with self.open(index) as stream:
-                    tensor = torch.load(stream, map_location="cpu", weights_only=True)
-            except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-                raise ValueError(
-                    f"{self.path(index)}: {key} at {tuple(chunk.offsets)} cannot be read ({_first_line(error)}), "
-                    "expected a tensor; the file is damaged. Use another iteration"
-                ) from error
-            got = (tuple(tensor.shape), tensor.dtype)
-            if got != (tuple(chunk.sizes), entry.properties.dtype):
-                raise ValueError(
-                    f"{self.path(index)}: {key} at {tuple(chunk.offsets)}: got shape {got[0]} and {got[1]}, expected "
-                    f"{tuple(chunk.sizes)} and {entry.properties.dtype} as {METADATA} says; use another iteration"
-                )
-            yield chunk, tensor
+        for chunk in self.tensors[key].chunks:
+            yield chunk, self.chunk(key, chunk)
+
+    def chunk(self, key: str, chunk: ChunkStorageMetadata) -> Tensor:
+        """One stored chunk of a tensor. Raises as `chunks`."""
+        dtype = self.tensors[key].properties.dtype
+        index = MetadataIndex(key, chunk.offsets)
+        try:
+            with self.open(index) as stream:
+                tensor: Tensor = torch.load(stream, map_location="cpu", weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(
+                f"{self.path(index)}: {key} at {tuple(chunk.offsets)} cannot be read ({_first_line(error)}), "
+                "expected a tensor; the file is damaged. Use another iteration"
+            ) from error
+        got = (tuple(tensor.shape), tensor.dtype)
+        if got != (tuple(chunk.sizes), dtype):
+            raise ValueError(
+                f"{self.path(index)}: {key} at {tuple(chunk.offsets)}: got shape {got[0]} and {got[1]}, expected "
+                f"{tuple(chunk.sizes)} and {dtype} as {METADATA} says; use another iteration"
+            )
+        return tensor
+
+    def region(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
+        """A part of a tensor, put together from the chunks that it lies in, whichever ranks wrote them.
+
+        The chunks of the last region are kept, so that regions that are asked for in turn read each chunk once.
+
+        Args:
+            key: The tensor's.
+            offsets: Where the part begins, along each axis.
+            sizes: Its shape.
+
+        Raises:
+            ValueError: As `chunks`; or if the chunks do not cover the part.
+        """
+        out = torch.empty(tuple(sizes), dtype=self.tensors[key].properties.dtype)
+        overlaps: dict[tuple[str, tuple[int, ...]], tuple[ChunkStorageMetadata, list[int], list[int]]] = {}
+        for chunk in self.tensors[key].chunks:
+            starts = [max(o, c) for o, c in zip(offsets, chunk.offsets)]
+            stops = [min(o + n, c + m) for o, n, c, m in zip(offsets, sizes, chunk.offsets, chunk.sizes)]
+            if all(start < stop for start, stop in zip(starts, stops)):
+                overlaps[key, tuple(chunk.offsets)] = (chunk, starts, stops)
+        # Before others are read.
+        self._kept = {at: tensor for at, tensor in self._kept.items() if at in overlaps}
+        covered = 0
+        for at, (chunk, starts, stops) in overlaps.items():
+            if at not in self._kept:
+                self._kept[at] = self.chunk(key, chunk)
+            here = tuple(slice(a - o, b - o) for a, b, o in zip(starts, stops, offsets))
+            there = tuple(slice(a - o, b - o) for a, b, o in zip(starts, stops, chunk.offsets))
+            out[here] = self._kept[at][there]
+            covered += out[here].numel()
+        if covered != out.numel():
+            raise ValueError(
+                f"{self.directory / METADATA}: {key}: its chunks cover {covered} of the {out.numel()} elements at "
+                f"{tuple(offsets)}; the checkpoint is damaged. Use another iteration"
+            )
+        return out
 
     def open(self, index: MetadataIndex) -> IO[bytes]:
         """A stream over the bytes of one chunk or object.
@@ -259,6 +301,11 @@ def _read_metadata(directory: Path) -> metadata.Metadata:
     if not isinstance(loaded, metadata.Metadata):
         raise ValueError(f"{path}: got {type(loaded).__name__}, expected torch.distributed.checkpoint's Metadata")
     return loaded
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype without `torch.`, as manifests and tables have it."""
+    return str(dtype).removeprefix("torch.")
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import zlib
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,6 +23,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_muon.checkpoints.digest import DigestWriter, FileEntry, checksum
+from megatron_muon.checkpoints.manifest import Manifest
 from megatron_muon.checkpoints.reader import BACKEND, METADATA
 
 _COPY_BYTES = 1 << 20
@@ -42,16 +46,13 @@ class CheckpointWriter:
         self.directory = directory
         self._entries: dict[str, Any] = {}
         self._storage: dict[MetadataIndex, _StorageInfo] = {}
-        self._checksums: dict[MetadataIndex, int] = {}
-        self._number = -1
-        self._stream: _Checksummed | None = None
+        self._files: dict[str, FileEntry] = {}
+        self._out: DigestWriter | None = None
 
     def copy(self, index: MetadataIndex, stream: IO[bytes], tensor: TensorStorageMetadata | None = None) -> None:
         """Copies an archive as it is, under the key of `index`; `tensor` tells the dtype and shape of a tensor's."""
-        out, offset = self._begin()
-        while block := stream.read(_COPY_BYTES):
-            out.write(block)
-        self._end(index, out, offset)
+        with self._archive(index) as out:
+            shutil.copyfileobj(stream, out, _COPY_BYTES)
         self._register(index, tensor)
 
     def add(self, index: MetadataIndex, chunk: Tensor, size: torch.Size) -> None:
@@ -64,10 +65,9 @@ class CheckpointWriter:
             piece = chunk[start : start + step] if rows > step else chunk
             offsets = torch.Size((index.offset[0] + start, *index.offset[1:]) if chunk.dim() else ())
             at = MetadataIndex(index.fqn, offsets)
-            out, offset = self._begin()
-            # A view would be saved with its whole storage.
-            torch.save(piece.clone() if rows > step else piece, out)
-            self._end(at, out, offset)
+            with self._archive(at) as out:
+                # A view would be saved with its whole storage.
+                torch.save(piece.clone() if rows > step else piece, out)
             properties = TensorProperties(dtype=piece.dtype)
             self._register(at, TensorStorageMetadata(properties, size, [ChunkStorageMetadata(offsets, piece.shape)]))
 
@@ -78,41 +78,40 @@ class CheckpointWriter:
         buffer.seek(0)
         self.copy(MetadataIndex(key), buffer)
 
-    def finish(self, backend: bytes) -> None:
-        """Reads everything back, then writes the metadata.
+    def finish(self, backend: bytes, optimizer: Mapping[str, str] | None = None) -> None:
+        """Writes the metadata, reads everything back, and writes the manifest.
 
         Args:
             backend: Content of `metadata.json`.
+            optimizer: Name of the optimizer whose state it holds, for the manifest; without it there is no manifest.
 
         Raises:
             RuntimeError: If what is read differs from what was written.
         """
         self._close()
-        for index, info in self._storage.items():
-            path = self.directory / info.relative_path
-            if _checksum(path, info.offset, info.length) != self._checksums[index]:
-                raise RuntimeError(
-                    f"{path}: {index.fqn} does not read back as it was written; check the disk and convert again"
-                )
         # checkpoint_id and the like name the source's place; a checkpoint can be read without.
         content = pickle.dumps(Metadata(self._entries, storage_data=self._storage))
         for name, data in ((METADATA, content), (BACKEND, backend)):
-            with (self.directory / name).open("wb") as stream:
-                stream.write(data)
-                stream.flush()
-                os.fsync(stream.fileno())
-
-    def _begin(self) -> tuple[_Checksummed, int]:
-        if self._stream is None or self._stream.tell() > _FILE_BYTES:
+            self._out = DigestWriter((self.directory / name).open("wb"))
+            self._out.write(data)
             self._close()
-            self._number += 1
-            self._stream = _Checksummed((self.directory / f"__0_{self._number}.distcp").open("wb"))
-        self._stream.checksum = 0
-        return self._stream, self._stream.tell()
+        for name, entry in self._files.items():
+            if checksum(self.directory / name) != entry:
+                raise RuntimeError(
+                    f"{self.directory / name}: does not read back as it was written; check the disk and try again"
+                )
+        if optimizer is not None:
+            Manifest.of(self.directory, self._files, optimizer).write(self.directory)
 
-    def _end(self, index: MetadataIndex, out: _Checksummed, offset: int) -> None:
-        self._storage[index] = _StorageInfo(Path(out.name).name, offset, out.tell() - offset)
-        self._checksums[index] = out.checksum
+    @contextmanager
+    def _archive(self, index: MetadataIndex) -> Iterator[Any]:
+        """The file to append an archive to; a new one when the last has grown large."""
+        if self._out is None or self._out.tell() > _FILE_BYTES:
+            self._close()
+            self._out = DigestWriter((self.directory / f"__0_{len(self._files)}.distcp").open("wb"))
+        offset = self._out.tell()
+        yield self._out
+        self._storage[index] = _StorageInfo(Path(self._out.name).name, offset, self._out.tell() - offset)
 
     def _register(self, index: MetadataIndex, tensor: TensorStorageMetadata | None) -> None:
         if tensor is None:
@@ -122,32 +121,35 @@ class CheckpointWriter:
         entry.chunks += [chunk for chunk in tensor.chunks if chunk.offsets == index.offset]
 
     def _close(self) -> None:
-        if self._stream is not None:
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
-            self._stream.close()
-            self._stream = None
+        if self._out is not None:
+            self._out.flush()
+            os.fsync(self._out.fileno())
+            self._out.close()
+            self._files[Path(self._out.name).name] = self._out.entry()
+            self._out = None
 
 
-class _Checksummed:
-    """A file that adds up the CRC-32 of what is written to it."""
+@contextmanager
+def written_whole(target: Path, name: str) -> Iterator[Path]:
+    """A new directory to write into, renamed to `target` at the end and removed if anything fails.
 
-    def __init__(self, stream: IO[bytes]) -> None:
-        self._stream, self.name, self.checksum = stream, stream.name, 0
+    So `target` is either whole or not there.
 
-    def write(self, data: Any) -> int:
-        self.checksum = zlib.crc32(data, self.checksum)
-        return self._stream.write(data)
+    Args:
+        target: The directory that must not exist yet.
+        name: What the command line calls it, for messages.
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-
-def _checksum(path: Path, offset: int, length: int) -> int:
-    value = 0
-    with path.open("rb") as stream:
-        stream.seek(offset)
-        while length and (block := stream.read(min(_COPY_BYTES, length))):
-            value = zlib.crc32(block, value)
-            length -= len(block)
-    return value
+    Raises:
+        ValueError: If `target`, or the partial directory of another attempt, exists.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    for path in (target, partial):
+        if path.exists():
+            raise ValueError(f"{name}: got {path}, which exists, expected a new directory; remove it, or name another")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise

@@ -20,7 +20,7 @@ from megatron_muon.checkpoints.reader import Checkpoint
 from megatron_muon.config import MuonConfig
 from megatron_muon.megatron.checkpoint.adoption import load_base_checkpoint
 from megatron_muon.megatron.entry import active
-from megatron_muon.state_keys import MEAN, MOMENTUM, PARAM, PREFIX, SECOND_MOMENT, Kind, state_key
+from megatron_muon.state_keys import MEAN, MOMENTUM, PARAM, PREFIX, SECOND_MOMENT, OptimizerKind, state_key
 from tests.checkpoints.test_convert import tensors_of
 from tests.distributed import RankError
 from tests.training_runs import MUON, SCRIPT, Trace, differences, launch_ranks
@@ -38,7 +38,7 @@ def run(*words: str, until: int, world_size: int = 2, script: str = SCRIPT) -> l
     return launch_ranks(*FULLY, *SCHEDULE, *words, *last, world_size=world_size, script=script)
 
 
-def switch(source: Path, target: Path, start: Kind, end: Kind) -> str:
+def switch(source: Path, target: Path, start: OptimizerKind, end: OptimizerKind) -> str:
     convert(source, target, Options(start, end, momentum=None if end == "adamw" else 0.95))
     return str(target)
 
@@ -234,7 +234,7 @@ def test_other_optimizers_files_are_refused_with_the_remedy(tmp_path: Path) -> N
         ("legacy", [], resume.format("Distributed Muon") + r"convert what that saves \(python -m megatron_muon"),
         ("legacy", normuon, "--muon-variant: got normuon, expected muon, .* it has no second moment; add"),
         ("legacy", [*MUON, "--ckpt-step", "1"], "--ckpt-step: got 1, expected none with legacy files"),
-        ("dist", [], "add --distributed-muon to go on with it, or convert it .* --from distributed-muon --to adamw"),
+        ("dist", [], "add --distributed-muon to resume it, or convert it .* --from distributed-muon --to adamw"),
         ("dist", ["--bf16", *UPSTREAM], "convert it .* --from distributed-muon --to megatron-muon"),
         ("dist", normuon, "--muon-variant: got normuon, expected muon, .* it has no second moment; add"),
     ):
@@ -270,7 +270,7 @@ def test_legacy_files_of_another_optimizer_are_refused(
     if run_by in (writer, "sgd"):
         assert load("x", args, False) is not None
     else:
-        with pytest.raises(NotImplementedError, match="expected a torch_dist checkpoint to go on with"):
+        with pytest.raises(NotImplementedError, match="expected a torch_dist checkpoint to continue"):
             load("x", args, False)
     for passes in ({"finetune": True}, {"no_load_optim": True}):
         assert load("x", Namespace(**{**vars(args), **passes}), False) == state

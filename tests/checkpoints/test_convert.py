@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_muon.checkpoints.contents import Parameter
 from megatron_muon.checkpoints.convert import Options, convert
-from megatron_muon.checkpoints.manifest import file_problem, read_manifest, sizes
+from megatron_muon.checkpoints.manifest import file_problem, file_sizes, read_manifest
 from megatron_muon.checkpoints.moments import largest_restart_factor
 from megatron_muon.checkpoints.reader import COMMON, Checkpoint
 from megatron_muon.checkpoints.writer import CheckpointWriter
@@ -130,7 +130,7 @@ def test_converts(written: dict[str, Path], tmp_path: Path, source: Any, target:
     assert after.keys() == expected.keys()
     (iteration,) = (tmp_path / "out").glob("iter_*")
     manifest = read_manifest(iteration)
-    assert manifest is not None and manifest.files.keys() == sizes(iteration).keys()
+    assert manifest is not None and manifest.files.keys() == file_sizes(iteration).keys()
     assert all(file_problem(iteration, name, entry) is None for name, entry in manifest.files.items())
     for key, value in expected.items():
         assert after[key].dtype == value.dtype, key

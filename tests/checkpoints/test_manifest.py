@@ -9,9 +9,10 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,11 @@ from torch.distributed.checkpoint.metadata import (
 
 import megatron_muon
 from megatron_muon.checkpoints import manifest
-from megatron_muon.checkpoints.manifest import FileEntry, Manifest, TensorEntry
+from megatron_muon.checkpoints.digest import FileEntry, checksum
+from megatron_muon.checkpoints.manifest import Manifest, TensorEntry
 from megatron_muon.checkpoints.reader import COMMON, Checkpoint
 from megatron_muon.checkpoints.writer import CheckpointWriter
+from megatron_muon.megatron.checkpoint import save_manifest
 from tests.checkpoint_runs import EXACT, Run, build, spoil
 from tests.distributed import run_ranks
 from tests.models import Layout
@@ -46,11 +49,11 @@ def save_synthetic(directory: Path) -> Manifest:
     for number, key in enumerate(KEYS):
         writer.add(MetadataIndex(key, torch.Size((0, 0))), torch.full((8, 32), float(number)), torch.Size((8, 32)))
     writer.add_object(COMMON, {"iteration": int(directory.name[5:])})
-    writer.finish(b'{"sharded_backend": "torch_dist"}')
-    entries = {name: manifest.checksum(directory / name) for name in manifest.sizes(directory)}
-    written = Manifest(entries, manifest.tensors_of(directory), {"optimizer": "distributed-muon", "variant": "muon"})
-    written.write(directory)
-    return written
+    optimizer = {"optimizer": "distributed-muon", "variant": "muon"}
+    writer.finish(b'{"sharded_backend": "torch_dist"}', optimizer)
+    # The writer digests what it writes; here everything is read.
+    entries = {name: checksum(directory / name) for name in manifest.file_sizes(directory)}
+    return Manifest.of(directory, entries, optimizer)
 
 
 def problems(directory: Path) -> list[str]:
@@ -165,8 +168,8 @@ def test_follows_a_link_to_the_whole_iteration(saved: Path) -> None:
         ({"version": "1"}, "got format '.*', version '1', expected"),
         ({"version": 0}, "got format '.*', version 0, expected"),
         ({"format": "other"}, "got format 'other'"),
-        ({"files": {}}, "its content does not fit its digest"),
-        ({"tensors": None}, "its content does not fit its digest"),
+        ({"files": {}}, "its content does not match its digest"),
+        ({"tensors": None}, "its content does not match its digest"),
     ],
 )
 def test_refuses_a_changed_or_newer_manifest(saved: Path, change: dict[str, Any], message: str) -> None:
@@ -199,12 +202,12 @@ def test_is_there_whole_or_not_at_all(saved: Path, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("count", [1, 2, 3, 7])
 def test_readers_share_every_file_once_and_evenly(count: int) -> None:
     file_sizes = {f"__{rank}_0.distcp": 1000 + 37 * rank % 101 for rank in range(20)} | {".metadata": 10}
-    parts = manifest.shares(file_sizes, count)
+    parts = manifest.split_evenly(file_sizes, count)
     assert len(parts) == count and sorted(name for part in parts for name in part) == sorted(file_sizes)
     loads = [sum(file_sizes[name] for name in part) for part in parts]
     # Greedy: no reader is ahead of another by more than one file.
     assert max(loads) - min(loads) <= max(file_sizes.values())
-    assert parts == manifest.shares(dict(reversed(file_sizes.items())), count)
+    assert parts == manifest.split_evenly(dict(reversed(file_sizes.items())), count)
 
 
 WEIGHT, STATE = "decoder.w", "optimizer.state.momentum_buffer.decoder.w"
@@ -252,7 +255,7 @@ def test_weights_alone_may_change_their_dtype_and_leave_some_out(tmp_path: Path)
     weights = {WEIGHT: TensorEntry((4, 8), "bfloat16")}
     assert manifest.model_problem(tmp_path, OF_MUON, weights, resumes=False) is None
     assert manifest.unwanted_problem(tmp_path, OF_MUON, [WEIGHT]) is None
-    assert "decoder.w: got a tensor that this run's model has not" in str(
+    assert "decoder.w: got a tensor that this run's model does not have" in str(
         manifest.unwanted_problem(tmp_path, OF_MUON, [STATE])
     )
 
@@ -292,7 +295,7 @@ def first_chunk(directory: Path) -> None:
 INFECTIONS: dict[str, tuple[Callable[[Path, Payload], Any], Callable[[Path], Any]]] = {
     "metadata": (lambda d, p: (d / ".metadata").write_bytes(pickle.dumps(p)), Checkpoint),
     "metadata entry": (infect_metadata_entry, Checkpoint),
-    "metadata, for the manifest": (infect_metadata_entry, manifest.tensors_of),
+    "metadata, for the manifest": (infect_metadata_entry, lambda d: Manifest.of(d, {}, {})),
     "common_state": (lambda d, p: infect_object(d, COMMON, p), lambda d: Checkpoint(d).common),
     "common.pt": (lambda d, p: torch.save({"a": p}, d / "common.pt"), lambda d: Checkpoint(d).common),
     "common.pt, unzipped": (
@@ -369,8 +372,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 }
 
 
-def enable(verify: bool = True) -> None:
-    megatron_muon.enable(dataclasses.replace(EXACT, verify_checkpoint=verify))
+def enable(verify: bool = True, verify_saves: bool = False) -> None:
+    megatron_muon.enable(dataclasses.replace(EXACT, verify_checkpoint=verify, verify_saves=verify_saves))
 
 
 def attempt(run: Run, directory: Path) -> str:
@@ -380,6 +383,59 @@ def attempt(run: Run, directory: Path) -> str:
     except ValueError as error:
         return str(error)
     return ""
+
+
+@contextmanager
+def reading(directory: Path, damage: Damage | None = None) -> Iterator[list[str]]:
+    """Lists the files that this rank reads for a manifest; `damage` strikes when all have been written."""
+    import torch.distributed as dist
+
+    names: list[str] = []
+    original_checksum, original_sizes = save_manifest.checksum, manifest.file_sizes
+
+    def read(path: Path) -> FileEntry:
+        names.append(path.name)
+        return original_checksum(path)
+
+    def sizes(of: Path) -> dict[str, int]:
+        if damage is not None and of == directory and dist.get_rank() == 0:
+            damage(directory)
+        return original_sizes(of)
+
+    save_manifest.checksum, manifest.file_sizes = read, sizes
+    try:
+        yield names
+    finally:
+        save_manifest.checksum, manifest.file_sizes = original_checksum, original_sizes
+
+
+def attempt_save(run: Run, directory: Path) -> str:
+    try:
+        run.save(directory)
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def save_and_read(run: Run, root: Path) -> dict[str, Any]:
+    """What this rank reads of its own saves, and what it says where they are damaged before the manifest is written."""
+    flip: Damage = lambda directory: flip_bit(shard_of_rank_1(directory), 2000)  # noqa: E731
+    tear: Damage = lambda directory: os.truncate(shard_of_rank_1(directory), 30000)  # noqa: E731
+    out: dict[str, Any] = {}
+    with reading(root / "iter_0000003") as out["read"]:
+        run.save(root / "iter_0000003")
+    with reading(root / "iter_0000004", flip):
+        out["flipped"] = attempt_save(run, root / "iter_0000004")
+    out["flipped, loaded"] = attempt(run, root / "iter_0000004")
+    with reading(root / "iter_0000005", tear):
+        out["torn"] = attempt_save(run, root / "iter_0000005")
+    enable(verify_saves=True)
+    with reading(root / "iter_0000006") as out["read and verified"]:
+        out["verified"] = attempt_save(run, root / "iter_0000006")
+    with reading(root / "iter_0000007", flip):
+        out["flipped, verified"] = attempt_save(run, root / "iter_0000007")
+    enable()
+    return out
 
 
 def load_damaged(rank: int, world_size: int, root: Path) -> dict[str, Any]:
@@ -393,6 +449,13 @@ def load_damaged(rank: int, world_size: int, root: Path) -> dict[str, Any]:
     run.save(good)
     out: dict[str, Any] = {"files": sorted(path.name for path in good.iterdir())}
     state = run.pieces()
+    out |= save_and_read(run, root)
+    if rank == 0:
+        # Offered as other whole iterations otherwise.
+        for directory in root.glob("iter_000000[3-7]"):
+            shutil.rmtree(directory)
+    dist.barrier()
+    run.load(good)
     for name, (damage, _) in DAMAGES.items():
         copy = root / "iter_0000002"
         if rank == 0:
@@ -432,7 +495,7 @@ def load_damaged(rank: int, world_size: int, root: Path) -> dict[str, Any]:
 
 MODELS = {
     "other model": "missing, expected shape",
-    "fewer layers": "decoder.layers.1.* more: got a tensor that this run's model has not",
+    "fewer layers": "decoder.layers.1.* more: got a tensor that this run's model does not have",
     "wrong dtype": "got float32, expected bfloat16; give the run the checkpoint's dtype",
     "other variant": "optimizer.state.second_moment.*: missing, expected",
 }
@@ -450,8 +513,21 @@ def test_every_rank_refuses_what_is_damaged_or_anothers(tmp_path: Path) -> None:
             assert part in texts[0][at:], f"{name}: {texts[0]}"
             at = texts[0].index(part, at) + len(part)
     assert "write 1 into" in results[0]["truncated shard"]
+    check_saves(results)
     line = f"megatron_muon: {tmp_path / 'iter_0000002'}: has no {manifest.NAME}, so it is loaded unverified\n"
     assert [result["printed"].count(line) for result in results] == [1, 0]
     for result in results:
         assert result["no manifest"] == ""
         assert (result["good"], result["off"], result["momentum in bf16"], result["same"]) == ("", "", "", True)
+
+
+def check_saves(results: list[dict[str, Any]]) -> None:
+    """A save reads back nothing but small files, unless it is told to; what is damaged then is found at the load."""
+    assert sorted(name for result in results for name in result["read"]) == [".metadata", "metadata.json"]
+    everything = [".metadata", "__0_0.distcp", "__1_0.distcp", "metadata.json"]
+    assert sorted(name for result in results for name in result["read and verified"]) == everything
+    for result in results:
+        assert (result["flipped"], result["verified"]) == ("", "")
+        assert "__1_0.distcp: its checksum is not the one it was saved with" in result["flipped, loaded"]
+        assert re.search(r"__1_0.distcp: got 30000 bytes, wrote \d+", result["torn"])
+        assert "__1_0.distcp: does not read back as it was written" in result["flipped, verified"]

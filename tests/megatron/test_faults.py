@@ -161,7 +161,7 @@ def test_faults_during_saves(tmp_path: Path, good: tuple[Path, list[Trace]]) -> 
         directory = tmp_path / "run"
         keep_second(source, directory)
         run = [*layout, "--load", str(directory), "--save", str(directory), "--save-interval", "2"]
-        last_good = f"the last good checkpoint is 2, as {directory / TRACKER} says. Mend what is named here"
+        last_good = f"the last good checkpoint is 2, as {directory / TRACKER} says. Repair what is named here"
 
         said = launch_faulty("kill rank 1", *run)
         assert said[1] == "the process died"

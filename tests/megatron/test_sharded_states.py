@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Iterator
@@ -113,6 +114,33 @@ DATA_PARALLEL = {
 def test_dp_reshardable(tmp_path: Path, name: str) -> None:
     source, target = DATA_PARALLEL[name]
     check_pair(tmp_path, "odd", source, target, sharding="dp_reshardable")
+
+
+def test_dp_reshardable_lists(tmp_path: Path) -> None:
+    """What `get_parameter_state_dp_reshardable` returns can be loaded, as with Megatron's own optimizer."""
+    assert run_ranks(load_own_lists, 4, with_config(Layout(4, ddp=BUCKETS), **EVEN_HEADS)) == [[]] * 4
+
+
+def load_own_lists(rank: int, world_size: int, layout: Layout) -> list[str]:
+    run = build("odd", layout)
+    run.train(1)
+    pieces: list[Any] = [None] * world_size
+    dist.all_gather_object(pieces, run.pieces())
+    for part in run.optimizer.chained_optimizers:
+        state = copy.deepcopy(part.get_parameter_state_dp_reshardable())
+        with torch.no_grad():
+            for entry in (tensor for shard in part.optimizer.state.values() for tensor in shard.values()):
+                entry.zero_()
+            for group in part.optimizer.param_groups:
+                for shard in group["params"]:
+                    shard.add_(1.0)
+        part.load_parameter_state_from_dp_reshardable(state)
+    whole = assemble(pieces)
+    return [
+        f"{state} of {name}"
+        for name, state, _, indices, value in run.pieces()
+        if not torch.equal(value, whole[name, state].reshape(-1)[indices])
+    ]
 
 
 def test_fully_reshardable_gathered_by_one_rank(tmp_path: Path) -> None:

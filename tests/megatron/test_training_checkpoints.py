@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_muon.checkpoints.digest import checksum
+from megatron_muon.checkpoints.manifest import read_manifest
 from megatron_muon.config import MuonConfig
 from megatron_muon.rule.reference import ReferenceMuon
 from tests.distributed import RankError
-from tests.training_runs import MUON, Stop, Trace, differences, launch_ranks
+from tests.training_runs import MUON, Stop, Trace, differences, launch_ranks, train
 
 FORMATS = {
     "fully_reshardable": "--ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable",
@@ -40,7 +42,13 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path, whole: lis
     """State after the load, and every later loss and state."""
     layout = [*MUON, *shlex.split(FORMATS[name])]
     # It goes on training while an asynchronous save is under way.
-    saving = launch_ranks(*layout, "--save", str(tmp_path), "--save-interval", "2")
+    saving = launch_ranks(*layout, "--save", str(tmp_path), "--save-interval", "2", run=train_and_list_reads)
+    if name != "legacy":
+        # Checksums come from the writers, of which asynchronous ones are processes of their own.
+        read = sorted(word for trace in saving for word in trace.printed.split() if word.startswith("READ:"))
+        assert read == ["READ:.metadata"] * 2 + ["READ:metadata.json"] * 2
+        files = read_manifest(tmp_path / "iter_0000004").files
+        assert len(files) == 4 and all(checksum(tmp_path / "iter_0000004" / n) == e for n, e in files.items())
     assert differences(saving, whole, range(4)) == []
     # Not by --ckpt-step: with legacy files Megatron then takes the optimizer's state of the last iteration.
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
@@ -49,6 +57,20 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path, whole: lis
     assert differences(resumed, whole, range(2, 4)) == []
     if name == "fully_reshardable":
         check_keys_on_disk(tmp_path / "iter_0000002")
+
+
+def train_and_list_reads(*arguments: Any) -> Trace:
+    """As `train`; the trace says which files this rank has read for its manifests."""
+    from megatron_muon.megatron.checkpoint import save_manifest
+
+    original = save_manifest.checksum
+
+    def read(path: Path) -> Any:
+        print(f"\nREAD:{path.name}")
+        return original(path)
+
+    save_manifest.checksum = read
+    return train(*arguments)
 
 
 def check_keys_on_disk(directory: Path) -> None:

@@ -1,11 +1,11 @@
-"""What a run makes of a checkpoint that another optimizer wrote: it goes on as the launch flags say, or tells how to.
+"""Loads a checkpoint that another optimizer wrote, as the launch flags say, or refuses it and names the flags.
 
-AdamW's and Distributed Muon's checkpoints differ for Muon's parameters alone (the table is in `state_keys`).
-So to continue AdamW's, what is asked for as `momentum_buffer` is read from `exp_avg`, and then scaled or zeroed.
+AdamW's and Distributed Muon's checkpoints differ only for Muon's parameters (the table is in `state_keys`). So to
+continue AdamW's, the run reads `exp_avg` where it asks for `momentum_buffer`, and then scales it or sets it to zero.
 
-`exp_avg` is a mean of gradients, `b*m + (1-b)*g`; `momentum_buffer` is a sum, `mu*m + g`. A constant gradient g leaves
-g in the one and g/(1-mu) in the other, hence the factor 1/(1-mu). A variant's second moment starts from zero, as in a
-new run.
+`exp_avg` is a mean of gradients, `b*m + (1-b)*g`; `momentum_buffer` is a sum, `mu*m + g`. A constant gradient g gives
+g in the first and g/(1-mu) in the second, hence the factor 1/(1-mu). A variant's second moment starts from zero, as
+in a new run.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_muon.state_keys import (
     MEAN,
     MOMENTUM,
     SECOND_MOMENT,
-    Kind,
+    OptimizerKind,
     kind_by_states,
     split_key,
     state_key,
@@ -32,12 +32,12 @@ from megatron_muon.state_keys import (
 )
 
 _FLAG = "--muon-init-from-adamw"
-_NAMES: dict[Kind, str] = {
+_NAMES: dict[OptimizerKind, str] = {
     "adamw": "AdamW",
     "megatron-muon": "Megatron's Muon",
     "distributed-muon": "Distributed Muon",
 }
-_GO_ON: dict[Kind, str] = {
+_RESUME: dict[OptimizerKind, str] = {
     "adamw": "omit --distributed-muon and --optimizer muon",
     "megatron-muon": "use --optimizer muon without --distributed-muon",
     "distributed-muon": "add --distributed-muon",
@@ -84,11 +84,11 @@ def load_base_checkpoint(
     return state, name, release, found
 
 
-def _kind_of_run(args: Any, config: MuonConfig | None) -> Kind | None:
-    """Which optimizer this run has; None for one that the table does not have."""
+def _kind_of_run(args: Any, config: MuonConfig | None) -> OptimizerKind | None:
+    """The optimizer of this run; None if the table does not have it."""
     if config is not None:
         return "distributed-muon"
-    kinds: dict[str, Kind] = {"adam": "adamw", "muon": "megatron-muon"}
+    kinds: dict[str, OptimizerKind] = {"adam": "adamw", "muon": "megatron-muon"}
     return kinds.get(args.optimizer)
 
 
@@ -98,11 +98,11 @@ def _directory(load_dir: Any, iteration: int, release: bool) -> str:
     return str(get_checkpoint_name(load_dir, iteration, release, return_base_dir=True))
 
 
-def _adopts(directory: str, run: Kind | None, config: MuonConfig | None) -> bool:
+def _adopts(directory: str, run: OptimizerKind | None, config: MuonConfig | None) -> bool:
     """Whether a run is to continue a torch_dist checkpoint of AdamW under Distributed Muon, by its metadata.
 
     Raises:
-        ValueError: If the checkpoint is another optimizer's and the flags do not say how to go on from it.
+        ValueError: If the checkpoint is another optimizer's and no flag says how to continue it.
         NotImplementedError: If they do, but its format has no tensors of parameters.
     """
     from megatron.core.dist_checkpointing import load_tensors_metadata
@@ -118,8 +118,8 @@ def _adopts(directory: str, run: Kind | None, config: MuonConfig | None) -> bool
         return False
     if config is None or found != "adamw":
         raise ValueError(
-            f"{directory}: got a checkpoint of {_NAMES[found]}, expected one of {_NAMES[run]}; {_GO_ON[found]} to go "
-            f"on with it, or convert it (python -m megatron_muon convert SRC DST --from {found} --to {run}), or add "
+            f"{directory}: got a checkpoint of {_NAMES[found]}, expected one of {_NAMES[run]}; {_RESUME[found]} to "
+            f"resume it, or convert it (python -m megatron_muon convert SRC DST --from {found} --to {run}), or add "
             "--no-load-optim to keep the weights alone"
         )
     if config.init_from_adamw == "refuse":
@@ -137,8 +137,8 @@ def _adopts(directory: str, run: Kind | None, config: MuonConfig | None) -> bool
     return True
 
 
-def _legacy_kind(state: Any) -> Kind:
-    """Which optimizer wrote the state that a legacy file holds."""
+def _legacy_kind(state: Any) -> OptimizerKind:
+    """The optimizer that wrote the state in a legacy file."""
     entries = [state] if isinstance(state, Mapping) and "optimizer" in state else _members(state)
     inner = [entry["optimizer"] for entry in entries if isinstance(entry, Mapping) and "optimizer" in entry]
     if any(optimizer.get("kind") == "muon" for optimizer in inner):
@@ -151,7 +151,7 @@ def _members(state: Any) -> list[Any]:
     return list(state.values()) if isinstance(state, Mapping) else list(state)
 
 
-def _check_legacy(path: str, found: Kind, run: Kind | None) -> None:
+def _check_legacy(path: str, found: OptimizerKind, run: OptimizerKind | None) -> None:
     """Raises NotImplementedError if a run is about to load legacy files that another optimizer wrote."""
     if run is None or found == run:
         return
@@ -159,15 +159,15 @@ def _check_legacy(path: str, found: Kind, run: Kind | None) -> None:
     if run != "distributed-muon" or found != "adamw":
         onward = f"convert what that saves (python -m megatron_muon convert SRC DST --from {found} --to {run})"
     raise NotImplementedError(
-        f"{path}: got legacy files (--ckpt-format torch) of {_NAMES[found]}, expected a torch_dist checkpoint to go on "
-        f"with {_NAMES[run]}; resume it once as {_NAMES[found]} with --ckpt-format torch_dist "
+        f"{path}: got legacy files (--ckpt-format torch) of {_NAMES[found]}, expected a torch_dist checkpoint to "
+        f"continue with {_NAMES[run]}; resume it once as {_NAMES[found]} with --ckpt-format torch_dist "
         f"--dist-ckpt-optim-fully-reshardable --save NEW, and {onward}; or add --no-load-optim to keep the weights "
         "alone"
     )
 
 
 def _ask_for_adamws(state: dict[Any, Any]) -> None:
-    """Makes an optimizer's sharded state dict ask for what AdamW's checkpoint has. Mutates it."""
+    """Makes an optimizer's sharded state dict ask for the states in AdamW's checkpoint. Mutates it."""
     for param_state in _param_states(state):
         for states in param_state.values():
             states.pop(SECOND_MOMENT, None)
@@ -208,7 +208,7 @@ def adopted(state: dict[Any, Any], config: MuonConfig) -> dict[int, dict[str, An
     rest = {k: v for k, v in saved[0].items() if isinstance(k, str) and k not in ("optimizer", "param_state")}
 
     def entry(kind: str, **own: Any) -> dict[str, Any]:
-        # What a variant needs is made below.
+        # A variant's second moment is made below.
         made = {"muon": {"variant": config.variant}} if kind == "muon" else {}
         return {**rest, **own, "optimizer": {"kind": kind, "param_groups": groups, **made}}
 

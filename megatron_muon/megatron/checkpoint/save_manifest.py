@@ -1,12 +1,13 @@
 """Writes a manifest when Megatron has saved a checkpoint, and checks it before Megatron loads one.
 
-Saving: the ranks read what was written, each its share of the bytes, and rank 0 writes the manifest, before
-`latest_checkpointed_iteration.txt` moves (after it with `--ckpt-format torch`, whose save cannot be divided). A save
-that fails says what was not written and which checkpoint is the last good one.
+Saving: Megatron's writers digest what they write (`writers`), and rank 0 writes the manifest, before
+`latest_checkpointed_iteration.txt` moves (after it with `--ckpt-format torch`, because that save cannot be divided).
+Nothing large is read back unless `--muon-verify-saves` asks for it. A save that fails says what was not written and
+which checkpoint is the last good one.
 
 Loading: before anything is read, the ranks check the files, each its share, and then, against the manifest's list of
-tensors, that the checkpoint is one of this run's model. The verdict is agreed, so that all ranks load or all raise the
-same error.
+tensors, that the checkpoint is one of this run's model. The ranks agree on the verdict, so that all of them load or all
+raise the same error.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_muon.checkpoints import manifest as files
+from megatron_muon.checkpoints.contents import is_optimizer_state
+from megatron_muon.checkpoints.digest import FileEntry, checksum
 from megatron_muon.checkpoints.manifest import Manifest, TensorEntry
-from megatron_muon.checkpoints.reader import TRACKER
+from megatron_muon.checkpoints.reader import TRACKER, dtype_name
 from megatron_muon.config import MuonConfig
-from megatron_muon.megatron.checkpoint.writers import first_line
+from megatron_muon.megatron.checkpoint.collective import RankProblem, from_each, from_first, rank_in, size_of
+from megatron_muon.megatron.checkpoint.writers import first_line, take_digests
 from megatron_muon.megatron.entry.active import active_config
 from megatron_muon.megatron.entry.messages import say
 
@@ -32,15 +36,15 @@ from megatron_muon.megatron.entry.messages import say
 _checked: tuple[Path, Manifest | None] | None = None
 
 
-def save(original: Callable[..., Any], sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
-    """The seam around `dist_checkpointing.save`, which writes a manifest when all else has been written."""
+def save(original: Callable[..., Any], sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kw: Any) -> Any:
+    """The seam around `dist_checkpointing.save`: writes a manifest when everything else has been written."""
     config = active_config()
-    if config is None or _remote():
-        return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+    if config is None or _is_remote():
+        return original(sharded_state_dict, checkpoint_dir, *args, **kw)
     directory = Path(checkpoint_dir)
     _forget_manifest(directory)
     with _explained(directory):
-        request = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        request = original(sharded_state_dict, checkpoint_dir, *args, **kw)
         if request is None:
             write_manifest(directory, config)
             return None
@@ -50,27 +54,26 @@ def save(original: Callable[..., Any], sharded_state_dict: Any, checkpoint_dir: 
     return request
 
 
-def save_checkpoint(original: Callable[..., Any], iteration: int, *args: Any, **kwargs: Any) -> Any:
-    """The seam around megatron.training's `save_checkpoint`, which writes a manifest of legacy files."""
+def save_checkpoint(original: Callable[..., Any], iteration: int, *args: Any, **kw: Any) -> Any:
+    """The seam around megatron.training's `save_checkpoint`: writes a manifest of legacy files."""
     from megatron.training.checkpointing import get_checkpoint_name
     from megatron.training.global_vars import get_args
 
     config, flags = active_config(), get_args()
-    if config is None or flags.use_dist_ckpt or kwargs.get("non_persistent_ckpt") or _remote():
-        return original(iteration, *args, **kwargs)
-    release = kwargs.get("release", False)
-    directory = Path(get_checkpoint_name(flags.save, iteration, release, return_base_dir=True))
+    if config is None or flags.use_dist_ckpt or kw.get("non_persistent_ckpt") or _is_remote():
+        return original(iteration, *args, **kw)
+    directory = Path(get_checkpoint_name(flags.save, iteration, kw.get("release", False), return_base_dir=True))
     _forget_manifest(directory)
     with _explained(directory):
-        out = original(iteration, *args, **kwargs)
+        out = original(iteration, *args, **kw)
     write_manifest(directory, config)
     return out
 
 
 def get_checkpoint_format(original: Callable[..., Any], checkpoint_name: Any, args: Any) -> Any:
-    """The seam around the function with which megatron.training first looks at a checkpoint it is to load."""
+    """The seam around the function with which megatron.training first looks at a checkpoint that it will load."""
     config = active_config()
-    if config is None or _remote():
+    if config is None or _is_remote():
         return original(checkpoint_name, args)
     directory = Path(checkpoint_name)
     verified = config.verify_checkpoint and _verify_once(directory) is not None
@@ -78,7 +81,7 @@ def get_checkpoint_format(original: Callable[..., Any], checkpoint_name: Any, ar
         out = original(checkpoint_name, args)
     except (NotImplementedError, OSError) as error:
         raise _unfinished(directory, first_line(error)) from error
-    # What Megatron takes a torch_dist save for that has not been finished.
+    # What Megatron takes an unfinished torch_dist save for.
     if out == "torch_dcp" and args.ckpt_format != out:
         raise _unfinished(directory, "no metadata.json, which is written last")
     if config.verify_checkpoint and not verified:
@@ -86,15 +89,15 @@ def get_checkpoint_format(original: Callable[..., Any], checkpoint_name: Any, ar
     return out
 
 
-def load(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The seam around `dist_checkpointing.load`, which refuses damaged checkpoints and those of another model."""
+def load(original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
+    """The seam around `dist_checkpointing.load`: refuses damaged checkpoints and those of another model."""
     config = active_config()
-    bound = inspect.signature(original).bind(*args, **kwargs)
+    bound = inspect.signature(original).bind(*args, **kw)
     bound.apply_defaults()
     given = bound.arguments
     # Without this check of Megatron's a load is not collective, and single ranks may read what they like.
     collective = given["validate_access_integrity"]
-    if config is not None and config.verify_checkpoint and collective and not _remote():
+    if config is not None and config.verify_checkpoint and collective and not _is_remote():
         directory, group = Path(given["checkpoint_dir"]), given["process_group"]
         found = _verify_once(directory, group)
         _forget_checked()
@@ -102,27 +105,40 @@ def load(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             _say_unverified(directory)
         else:
             verify_model(directory, found, given["sharded_state_dict"], group)
-    return original(*args, **kwargs)
+    return original(*args, **kw)
 
 
 def write_manifest(directory: Path, config: MuonConfig) -> None:
-    """Writes the manifest of a finished checkpoint. Collective over the world; reads every file once.
+    """Writes the manifest of a finished checkpoint. Collective over the world.
+
+    Checksums are those that the writers have computed. Files that no writer of ours has digested (the small metadata,
+    legacy files) are read, and with `verify_saves` all files are, each rank its share of the bytes.
 
     Raises:
-        RuntimeError: On every rank, if a file cannot be read or the manifest not be written.
+        RuntimeError: On every rank, if a file cannot be read, is not as it was written, or the manifest cannot be
+            written.
     """
+
+    def sizes_and_digests() -> tuple[dict[str, int], dict[str, FileEntry]]:
+        sizes, digests = files.file_sizes(directory), dict(take_digests(directory))
+        for name, entry in digests.items():
+            if sizes.get(name) != entry.bytes:
+                raise ValueError(f"{directory / name}: got {sizes.get(name, 0)} bytes, wrote {entry.bytes}")
+        return sizes, digests
+
     try:
-        found = _from_first(lambda: files.sizes(directory))
-        own = files.shares(found, _size())[_rank()]
-        parts = _together(lambda: {name: files.checksum(directory / name) for name in own})
-        _from_first(lambda: _write(directory, config, {k: v for part in parts for k, v in part.items()}))
-    except _ProblemError as error:
+        sizes, digests = from_first(sizes_and_digests)
+        unread = {name: size for name, size in sizes.items() if config.verify_saves or name not in digests}
+        own = files.split_evenly(unread, size_of())[rank_in()]
+        parts = from_each(lambda: {name: checksum(directory / name) for name in own})
+        read = {name: entry for part in parts for name, entry in part.items()}
+        for name in sorted(read.keys() & digests.keys()):
+            if read[name] != digests[name]:
+                raise RankProblem(f"{directory / name}: does not read back as it was written; check the disk")
+        optimizer = {"optimizer": "distributed-muon", "variant": config.variant}
+        from_first(lambda: Manifest.of(directory, {**digests, **read}, optimizer).write(directory))
+    except RankProblem as error:
         raise RuntimeError(f"{directory / files.NAME}: cannot be written: {error}") from error
-
-
-def _write(directory: Path, config: MuonConfig, entries: dict[str, files.FileEntry]) -> None:
-    optimizer = {"optimizer": "distributed-muon", "variant": config.variant}
-    Manifest(entries, files.tensors_of(directory), optimizer).write(directory)
 
 
 def verify_files(directory: Path, group: dist.ProcessGroup | None = None) -> Manifest | None:
@@ -137,19 +153,20 @@ def verify_files(directory: Path, group: dist.ProcessGroup | None = None) -> Man
         ValueError: On every rank, the same, if a file is missing or damaged.
     """
     try:
-        found = _from_first(lambda: files.read_manifest(directory), group)
+        found = from_first(lambda: files.read_manifest(directory), group)
         if found is None:
             return None
-        own = files.shares({name: entry.bytes for name, entry in found.files.items()}, _size(group))[_rank(group)]
-        alone = not dist.is_initialized()
-        checked = _together(
-            lambda: [files.file_problem(directory, name, found.files[name], contents=not alone) for name in own], group
+        sizes = {name: entry.bytes for name, entry in found.files.items()}
+        own = files.split_evenly(sizes, size_of(group))[rank_in(group)]
+        contents = dist.is_initialized()
+        checked = from_each(
+            lambda: [files.file_problem(directory, name, found.files[name], contents=contents) for name in own], group
         )
         problems = sorted(problem for part in checked for problem in part if problem)
         if not problems:
             return found
-        what_to_do = _from_first(lambda: files.remedy(directory), group)
-    except _ProblemError as error:
+        what_to_do = from_first(lambda: files.remedy(directory), group)
+    except RankProblem as error:
         raise ValueError(str(error)) from error
     more = f" ({len(problems) - 1} more files are damaged)" if problems[1:] else ""
     raise ValueError(f"{problems[0]}{more}. The checkpoint is damaged: {what_to_do}")
@@ -165,11 +182,11 @@ def verify_model(
     """
     wanted = wanted_tensors(sharded_state_dict)
     keys = sorted(manifest.tensors or {})
-    resumes = any(files.is_optimizer_state(key) for key in wanted)
+    resumes = any(is_optimizer_state(key) for key in wanted)
     problem = files.model_problem(directory, manifest, wanted, resumes=resumes)
-    # Which tensors a rank asks for, as one bit each: what travels stays small.
+    # Which tensors a rank asks for, as one bit each: the message between ranks stays small.
     asked = sum(1 << at for at, key in enumerate(keys) if key in wanted)
-    gathered = _together(lambda: (problem, resumes, asked), group)
+    gathered = from_each(lambda: (problem, resumes, asked), group)
     problems = [problem for problem, _, _ in gathered if problem]
     if not problems and any(resumes for _, resumes, _ in gathered):
         union = 0
@@ -194,20 +211,33 @@ def wanted_tensors(sharded_state_dict: Any) -> dict[str, TensorEntry]:
         if isinstance(entry, ShardedTensorFactory):
             pending += nested_values(entry.build())
         elif isinstance(entry, ShardedTensor):
-            dtype = str(entry.dtype).removeprefix("torch.")
-            out[entry.key] = TensorEntry(tuple(entry.global_shape), dtype, bool(entry.allow_shape_mismatch))
+            shape, any_shape = tuple(entry.global_shape), bool(entry.allow_shape_mismatch)
+            out[entry.key] = TensorEntry(shape, dtype_name(entry.dtype), any_shape)
     return out
 
 
 def _verify_once(directory: Path, group: dist.ProcessGroup | None = None) -> Manifest | None:
-    """`verify_files`, but once for all that Megatron reads of a directory for a load."""
+    """`verify_files`, but once for everything that Megatron reads from a directory during a load."""
     global _checked
     if _checked is not None and _checked[0] == directory:
         return _checked[1]
     found = verify_files(directory, group)
-    # Without a process group only sizes have been looked at.
+    # Without a process group only sizes have been compared.
     _checked = (directory, found) if dist.is_initialized() else None
     return found
+
+
+def _forget_checked() -> None:
+    global _checked
+    _checked = None
+
+
+def _forget_manifest(directory: Path) -> None:
+    """Removes what an earlier save to the same directory has left: it must not vouch for this one."""
+    _forget_checked()
+    take_digests(directory)
+    if rank_in() == 0:
+        (directory / files.NAME).unlink(missing_ok=True)
 
 
 def _unfinished(directory: Path, reason: str) -> ValueError:
@@ -221,18 +251,6 @@ def _say_unverified(directory: Path) -> None:
     say(f"{directory}: has no {files.NAME}, so it is loaded unverified")
 
 
-def _forget_checked() -> None:
-    global _checked
-    _checked = None
-
-
-def _forget_manifest(directory: Path) -> None:
-    """Removes what an earlier save to the same directory has left: it must not vouch for this one."""
-    _forget_checked()
-    if _rank() == 0:
-        (directory / files.NAME).unlink(missing_ok=True)
-
-
 @contextmanager
 def _explained(directory: Path) -> Iterator[None]:
     """Makes an error during a save say what was lost and what was not."""
@@ -243,62 +261,17 @@ def _explained(directory: Path) -> Iterator[None]:
         if isinstance(error, CheckpointException):
             # Raised on all ranks at once, but only the first has been told why.
             failures = {rank: first_line(failure[0]) for rank, failure in error.failures.items()}
-            told = [f"rank {rank}: {text}" for rank, text in sorted(failures.items())]
-            reason = _from_first(lambda: "; ".join(told))
+            reason = from_first(lambda: "; ".join(f"rank {rank}: {text}" for rank, text in sorted(failures.items())))
         tracker = directory.parent / TRACKER
         last = tracker.read_text(encoding="utf-8").strip() if tracker.is_file() else ""
         good = f"the last good checkpoint is {last}, as {tracker} says" if last else "there is no checkpoint before it"
         raise RuntimeError(
-            f"{directory}: not saved ({reason}); {good}. Mend what is named here, and start the run again"
+            f"{directory}: not saved ({reason}); {good}. Repair what is named here, and start the run again"
             + (f" with --load {directory.parent}" if last else "")
         ) from error
 
 
-class _ProblemError(Exception):
-    """What went wrong on some rank, known to all."""
-
-
-def _from_first[T](work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-    """What `work` returns on the group's first rank, on every rank; raises _ProblemError everywhere if it fails."""
-    outcome = _attempt(work) if _rank(group) == 0 else (None, None)
-    if dist.is_initialized():
-        payload = [outcome]
-        dist.broadcast_object_list(payload, group=group, group_src=0)
-        outcome = payload[0]
-    value, problem = outcome
-    if problem is not None:
-        raise _ProblemError(problem)
-    return value  # type: ignore[return-value]
-
-
-def _together[T](work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
-    """What `work` returns on each rank, on every rank; raises _ProblemError everywhere if it fails on any."""
-    gathered: list[Any] = [_attempt(work)]
-    if dist.is_initialized():
-        outcome, gathered = gathered[0], [None] * _size(group)
-        dist.all_gather_object(gathered, outcome, group=group)
-    problems = [f"rank {rank}: {problem}" for rank, (_, problem) in enumerate(gathered) if problem is not None]
-    if problems:
-        raise _ProblemError(problems[0])
-    return [value for value, _ in gathered]
-
-
-def _attempt[T](work: Callable[[], T]) -> tuple[T | None, str | None]:
-    try:
-        return work(), None
-    except (ValueError, OSError) as error:
-        return None, str(error)
-
-
-def _rank(group: dist.ProcessGroup | None = None) -> int:
-    return dist.get_rank(group) if dist.is_initialized() else 0
-
-
-def _size(group: dist.ProcessGroup | None = None) -> int:
-    return dist.get_world_size(group) if dist.is_initialized() else 1
-
-
-def _remote() -> bool:
+def _is_remote() -> bool:
     """Whether checkpoints lie where only Megatron's multi-storage client reaches."""
     from megatron.core.msc_utils import MultiStorageClientFeature
 

@@ -203,16 +203,12 @@ class CheckpointedOptimizer(DistributedOptimizer):
         return state
 
     def load_parameter_state_from_dp_reshardable(self, state_dict: dict[Any, Any]) -> None:
-        """Megatron's own, from what `sharded_param_state_dp_reshardable` has made of the lists."""
+        """Megatron's own, for the lists of `get_parameter_state_dp_reshardable` and the dicts made of them above."""
         state = dict(state_dict)
         for index, ranges in enumerate(self.gbuf_ranges):
             ((dtypes, buckets),) = ranges.items()
             loaded = state.get(index, {}).get(dtypes, {})
-            state[index] = {
-                dtypes: [
-                    [entry for _, entry in sorted(loaded.get(number, {}).items())] for number in range(len(buckets))
-                ]
-            }
+            state[index] = {dtypes: [_entries_of_bucket(loaded, number) for number in range(len(buckets))]}
         super().load_parameter_state_from_dp_reshardable(state)
 
 
@@ -280,17 +276,24 @@ def report_changes(saved: Mapping[str, Any], current: Mapping[str, Any], prefix:
     Args:
         saved: The checkpoint's, by name; what it does not have is not reported.
         current: This run's.
-        prefix: What the flags begin with that the names have not.
+        prefix: Beginning of the flags that the names do not have.
     """
     for key in sorted(saved.keys() & current.keys()):
         if not _equal(saved[key], current[key]):
             flag = _FLAGS.get(key, f"--{prefix}{key.replace('_', '-')}")
-            say(f"{flag}: {saved[key]} -> {current[key]}: this run goes on with another value than the checkpoint's")
+            say(f"{flag}: {saved[key]} -> {current[key]}: this run continues with another value than the checkpoint's")
 
 
 def _entries_by_parameter(model_sharded_state_dict: dict[str, Any]) -> dict[Any, ShardedTensor | ShardedTensorFactory]:
     sharded, _ = extract_sharded_tensors_and_factories(model_sharded_state_dict)
     return {entry.data: entry for entry in nested_values(sharded)}
+
+
+def _entries_of_bucket(loaded: Any, number: int) -> list[dict[str, Any]]:
+    """The states of the parameters in a bucket, in the bucket's order. A load drops buckets without parameters."""
+    bucket = loaded.get(number, {}) if isinstance(loaded, Mapping) else loaded[number]
+    entries = [entry for _, entry in sorted(bucket.items())] if isinstance(bucket, Mapping) else bucket
+    return [{"padding": False, **entry} for entry in entries]
 
 
 def _unpadded_ranges(buffer: Any) -> Iterator[tuple[nn.Parameter, tuple[int, int]]]:

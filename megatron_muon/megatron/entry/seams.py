@@ -323,6 +323,20 @@ CORE: tuple[Seam, ...] = (
         acts="always",
     ),
     Seam(
+        target=f"{_CHECKPOINTING}.strategies.filesystem_async:FileSystemWriterAsync.get_save_function_and_args",
+        replacement=writers.get_save_function_and_args,
+        why="names the function that writes a rank's files, in this process or another: it is to digest what it writes",
+        parameters=("self",),
+        exact=True,
+    ),
+    Seam(
+        target=f"{_CHECKPOINTING}.strategies.filesystem_async:FileSystemWriterAsync.finish",
+        replacement=writers.finish,
+        why="gets the results of all ranks, with the digests of their files",
+        parameters=("self", "metadata", "results"),
+        exact=True,
+    ),
+    Seam(
         target=f"{_CHECKPOINTING}.strategies.async_utils:PersistentAsyncCaller.is_current_async_call_done",
         replacement=writers.is_current_async_call_done,
         why="it waits for ever for a writer that was killed",

@@ -32,6 +32,7 @@ _NOT_IN_CHECKPOINTS = frozenset(
         "profile",
         "profile_dir",
         "verify_checkpoint",
+        "verify_saves",
     }
 )
 

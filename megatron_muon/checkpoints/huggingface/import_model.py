@@ -1,0 +1,257 @@
+"""Writes a Hugging Face model as a `torch_dist` checkpoint that any layout loads, and the flags to train it.
+
+One tensor, or one expert of a stack, is in memory at a time; there is no process group.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from megatron_muon.checkpoints.huggingface.architecture import (
+    LATENT_EPSILON,
+    Settings,
+    architecture_of,
+    flags_of,
+    heads_of,
+    settings_of,
+)
+from megatron_muon.checkpoints.huggingface.names import Block, blocks_of, generic, joined, keys_of, shapes_of
+from megatron_muon.checkpoints.huggingface.safetensors_file import INDEX
+from megatron_muon.checkpoints.reader import COMMON, TRACKER
+from megatron_muon.checkpoints.writer import CheckpointWriter, written_whole
+
+FLAGS = "model.flags"
+_BIAS = "mlp.router.expert_bias"
+_BACKEND = b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was imported.
+
+    Attributes:
+        directory: The new run's directory.
+        flags: File with the model's flags.
+        tensors: Number of tensors in the checkpoint.
+        parameters: Number of the model's parameters.
+        notes: What a user should know about the import.
+    """
+
+    directory: Path
+    flags: Path
+    tensors: int
+    parameters: int
+    notes: tuple[str, ...]
+
+
+class ModelDirectory:
+    """A directory with config.json and safetensors, opened for reading.
+
+    Args:
+        path: The directory.
+
+    Raises:
+        ValueError: If it is no model, a file is missing, or safetensors is not installed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        config = path / "config.json"
+        if not config.is_file():
+            raise ValueError(f"DIR: got {path} without config.json, expected a Hugging Face model's directory")
+        self.config: dict[str, Any] = _json(config)
+        try:
+            import safetensors
+        except ModuleNotFoundError as error:
+            if error.name != "safetensors":
+                raise
+            raise ValueError("safetensors is not installed; pip install megatron-muon[huggingface]") from error
+        self._safe_open = safetensors.safe_open
+        self._opened: dict[str, Any] = {}
+
+    @cached_property
+    def places(self) -> dict[str, str]:
+        """File of each tensor by the tensor's name."""
+        index = self.path / INDEX
+        if index.is_file():
+            return dict(_json(index)["weight_map"])
+        single = "model.safetensors"
+        return dict.fromkeys(self._file(single).keys(), single)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, from its file's header."""
+        return tuple(self._slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        """Reads a tensor."""
+        tensor: Tensor = self._file(self.places[name]).get_tensor(name)
+        return tensor
+
+    def _slice(self, name: str) -> Any:
+        try:
+            return self._file(self.places[name]).get_slice(name)
+        except KeyError as error:
+            raise ValueError(f"{self.path}: {name}: missing, expected in the model; use another copy") from error
+        except Exception as error:
+            if type(error).__name__ != "SafetensorError":
+                raise
+            raise ValueError(
+                f"{self.path / self.places[name]}: has no {name}, where {INDEX} says it is; use another copy"
+            ) from error
+
+    def _file(self, name: str) -> Any:
+        if name not in self._opened:
+            path = self.path / name
+            if not path.is_file():
+                raise ValueError(f"{path}: missing, expected the model's weights; download the directory again")
+            try:
+                self._opened[name] = self._safe_open(path, "pt")
+            except Exception as error:
+                # The library's own error is no ValueError.
+                raise ValueError(f"{path}: cannot be read ({error}), expected safetensors; use another copy") from error
+        return self._opened[name]
+
+
+def import_model(
+    source: Path, target: Path, dtype: torch.dtype | None, progress: Callable[[str, int, int], None] | None = None
+) -> Result:
+    """Imports a model.
+
+    Everything is written under another name, read back, and renamed, so that `target` is either whole or not there.
+
+    Args:
+        source: Directory with config.json and safetensors.
+        target: New directory, for `--load`.
+        dtype: Of the weights; None keeps that of the embedding. Biases of routers are fp32.
+        progress: Called with a tensor's key, its number, and how many there are.
+
+    Raises:
+        ValueError: If the source is no model that Megatron computes, or lacks a tensor, or `target` exists.
+        RuntimeError: If what was written does not read back.
+        OSError: If the disk is full or fails.
+    """
+    with written_whole(target, "RUN") as partial:
+        model = ModelDirectory(source)
+        settings = settings_of(model.config)
+        args = Namespace(**settings)
+        architecture = architecture_of(args, any_epsilon=True)
+        heads = heads_of(args)
+        shapes = shapes_of(settings, heads)
+        keys: dict[str, tuple[torch.Size, list[Block]]] = {}
+        for key, stacked in keys_of(settings, architecture):
+            leading = [settings["num_layers"]] if stacked else []
+            if "experts.experts." in key:
+                leading.append(settings["num_experts"])
+            blocks = list(blocks_of(key, leading, architecture))
+            keys[key] = (torch.Size((*leading, *_joined_shape(blocks[0], shapes))), blocks)
+        _check_tensors(model, [name for _, blocks in keys.values() for block in blocks for name in block.names], shapes)
+        dtype = dtype or model.tensor("model.norm.weight").dtype
+        _check_space(partial, sum(size.numel() for size, _ in keys.values()) * dtype.itemsize)
+        writer = CheckpointWriter(partial / "release")
+        for number, (key, (size, blocks)) in enumerate(keys.items()):
+            if progress is not None:
+                progress(key, number, len(keys))
+            for block in blocks:
+                value = joined([model.tensor(name) for name in block.names], block.join, heads)
+                value = value.to(torch.float32 if key.endswith(_BIAS) else dtype)
+                offsets = torch.Size((*block.index, *[0] * value.dim()))
+                writer.add(MetadataIndex(key, offsets), value[(None,) * len(block.index)].contiguous(), size)
+        args.bf16, args.fp16 = dtype == torch.bfloat16, dtype == torch.float16
+        content = {"distrib_optim_sharding_type": "fully_reshardable"}
+        common = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "content_metadata": content}
+        writer.add_object(COMMON, common)
+        writer.finish(_BACKEND, {"optimizer": "none"})
+        (partial / TRACKER).write_text("release", encoding="utf-8")
+        (partial / FLAGS).write_text(_flags_file(settings, args, source, target), encoding="utf-8")
+    parameters = {name: shapes[generic(name)] for _, blocks in keys.values() for b in blocks for name in b.names}
+    return Result(
+        target,
+        target / FLAGS,
+        len(keys),
+        sum(torch.Size(shape).numel() for shape in parameters.values()),
+        tuple(_notes(settings)),
+    )
+
+
+def _joined_shape(block: Block, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+    """Shape of a block: its parts below each other."""
+    parts = [shapes[generic(name)] for name in block.names]
+    return (sum(part[0] for part in parts), *parts[0][1:])
+
+
+def _check_tensors(model: ModelDirectory, names: list[str], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Raises ValueError if tensors are missing, left over, or of another shape than config.json says."""
+    wanted = dict.fromkeys(names)
+    missing = [name for name in wanted if name not in model.places]
+    if missing:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise ValueError(
+            f"{model.path}: {missing[0]}{more}: missing, expected from config.json; a file is missing, or it is not "
+            "this model's config.json. Download the directory again"
+        )
+    for name in wanted:
+        got, expected = model.shape(name), shapes[generic(name)]
+        if got != expected:
+            raise ValueError(
+                f"{model.path / model.places[name]}: {name}: got shape {got}, expected {expected} from config.json; "
+                "the file is another model's. Download the directory again"
+            )
+    left = [n for n in model.places if n not in wanted and not n.endswith("rotary_emb.inv_freq")]
+    tied = "lm_head.weight" not in wanted
+    left = [name for name in left if not (tied and name == "lm_head.weight")]
+    if left:
+        more = f" and {len(left) - 1} more" if left[1:] else ""
+        raise ValueError(
+            f"{model.path}: {left[0]}{more}: got a tensor that Megatron's model does not have; models with it cannot "
+            "be imported"
+        )
+
+
+def _check_space(directory: Path, nbytes: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < nbytes:
+        raise ValueError(
+            f"RUN: got {free} bytes free on the disk, expected {nbytes} or more; free some, or name another"
+        )
+
+
+def _flags_file(settings: Settings, args: Namespace, source: Path, target: Path) -> str:
+    lines = [
+        f"# The model of {source.resolve().name} as Megatron's flags; add parallelism, data, batch and schedule.",
+        "# A first run loads the weights with the last three lines; leave them out to resume a run of your own.",
+        *(" ".join(words) for words in flags_of(settings)),
+        *(["--bf16"] if args.bf16 else ["--fp16"] if args.fp16 else []),
+        f"--load {shlex.quote(str(target.resolve()))}",
+        "--finetune",
+        # Transformer Engine's layers ask for extra state, which a released model does not have.
+        "--dist-ckpt-strictness log_unexpected",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _notes(settings: Settings) -> list[str]:
+    if settings["multi_latent_attention"] and settings["layernorm_epsilon"] != LATENT_EPSILON:
+        return [
+            f"rms_norm_eps {settings['layernorm_epsilon']} is used in all norms, as in vLLM and SGLang; Transformers "
+            f"has {LATENT_EPSILON} in the norms of compressed states, so that its logits differ by about 5e-5"
+        ]
+    return []
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}), expected JSON; use another copy") from error
