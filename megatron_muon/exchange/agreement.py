@@ -1,4 +1,4 @@
-"""Whether ranks that are about to exchange hold the same plan, and slices that fit it."""
+"""Whether the ranks of a group hold the same plan, slices that fit it, and kernels that can do it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from torch import Tensor
 from megatron_muon.config import MuonConfig
 from megatron_muon.newton_schulz import load_backend, shapes_problem
 from megatron_muon.plan.ownership import OwnershipPlan
+from megatron_muon.rule.muon import orthogonalized_updates
 
 
 def slices_problem(
     plan: OwnershipPlan, rank: int, slices: Mapping[int, Tensor], parameters: list[Tensor]
 ) -> str | None:
-    """Says what does not fit between the plan and what this rank stores; None if all does."""
+    """Says what does not fit between the plan and what this rank stores; None if everything fits."""
     expected = {index: s.stop - s.start for index, m in enumerate(plan.matrices) for s in m.slices if s.rank == rank}
     got = {index: p.numel() for index, p in slices.items()}
     for index in sorted(expected.keys() | got.keys()):
@@ -29,14 +30,23 @@ def slices_problem(
     return None
 
 
-def backend_problem(muon: MuonConfig, plan: OwnershipPlan, device: torch.device) -> str | None:
-    """Says why this host cannot run the chosen Newton-Schulz back end on the plan's matrices; None if it can."""
+def backend_problem(muon: MuonConfig, plan: OwnershipPlan, rank: int, device: torch.device) -> str | None:
+    """Says why this host cannot run the chosen Newton-Schulz back end on the plan's matrices; None if it can.
+
+    On a GPU it runs once on zeros of each shape that this rank owns, so that kernels are compiled, tuned and loaded
+    before the first step.
+    """
+    specs = (matrix.spec for matrix in plan.matrices)
     try:
         load_backend(muon.ns_backend, device.type)
-    except RuntimeError as error:
+        problem = shapes_problem(muon.ns_backend, {s.tile_shape(part) for s in specs for part in range(len(s.parts))})
+        if problem is None and device.type == "cuda":
+            items = (item for item in plan.all_items() if plan.owner(item) == rank and plan.team(item) is None)
+            for rows, cols in sorted({plan.spec(item).tile_shape(item.part) for item in items}):
+                orthogonalized_updates([torch.zeros(rows, cols, dtype=torch.float32, device=device)], muon)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
         return str(error)
-    specs = (matrix.spec for matrix in plan.matrices)
-    return shapes_problem(muon.ns_backend, {s.tile_shape(part) for s in specs for part in range(len(s.parts))})
+    return problem
 
 
 def compare_over_ranks(fingerprint: str, problem: str | None, group: dist.ProcessGroup | None) -> None:

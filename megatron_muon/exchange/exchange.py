@@ -165,6 +165,16 @@ class Exchange:
         """What the persistent buffers take on this rank, those of teams excepted; see `Wire.buffer_bytes`."""
         return sum(b.nbytes for b in (self._send, self._receive, self._collected, self._scratch))
 
+    def connect(self) -> None:
+        """Opens the connections between the ranks, with an all-to-all of one element for each pair.
+
+        Collective. Otherwise the first step would pay for it, and a network that does not work would show there.
+        """
+        if self.plan.world_size > 1 and any(self.wire.moves):
+            ones = torch.ones(self.plan.world_size, dtype=self.dtype, device=self.device)
+            with record_function("muon/connect"):
+                dist.all_to_all_single(torch.empty_like(ones), ones, group=self.group)
+
     # What a step calls, in this order for each round.
 
     def travelling(self, round_index: int) -> tuple[SliceBatch, ...]:

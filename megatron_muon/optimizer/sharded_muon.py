@@ -26,15 +26,17 @@ from megatron_muon.state_keys import MOMENTUM, SECOND_MOMENT
 class ShardedMuon(torch.optim.Optimizer):
     """Muon on flat slices of matrices that are spread over the ranks of a group.
 
-    One step, on every rank of the group:
+    A step of one rank, with others of the same group at the same time:
       1. momentum, element-wise on this rank's slices;
-      2. gather: one all-to-all a round takes the slices to the owner of each matrix;
-      3. the owner puts its matrices together, runs Newton-Schulz once on each, and scales; the owners of bands of one
+      2. gather: slices travel to the owners of their matrices;
+      3. the owner runs Newton-Schulz once on each of its matrices, and scales the result. The owners of bands of one
          matrix do it together, with all-to-alls of products on its short side;
-      4. scatter: one all-to-all a round takes the updates back to the slices;
-      5. for NorMuon and AdaMuon, division by roots of running mean squares, with one or two small all-reduces;
+      4. scatter: updates travel back to the slices;
+      5. NorMuon and AdaMuon divide updates by roots of running mean squares, with one or two small all-reduces;
       6. weight decay and update, element-wise on this rank's slices.
-    Rounds overlap: see `pipeline`.
+    This is done in rounds of the plan. One all-to-all carries the gather of a round and the scatter of the round two
+    before, while the round between them is computed: see `exchange.pipeline`. Slices that a rank owns itself do not
+    travel, and where nothing moves between any ranks there is no all-to-all.
 
     The optimizer is made in two steps, because a ZeRO wrapper replaces the parameters by slices after construction:
     first with the parameters and groups, then `bind` tells it what its slices are.
@@ -47,7 +49,8 @@ class ShardedMuon(torch.optim.Optimizer):
 
     State: `momentum_buffer` for each slice, of the slice's shape, in fp32 or bf16. With variants also `second_moment`,
     fp32: of the slice's shape for AdaMuon, for NorMuon one number for each line that the slice has a part of. And
-    `updates`, the number of steps. Buffers of the exchange are kept from step to step but are no state.
+    `updates`, the number of steps. The exchange's buffers, `exchange.buffer_bytes` in all, are made by `bind` and kept
+    from step to step, but are not part of the state.
 
     Raises:
         ValueError: If `lr` or `weight_decay` is negative.
@@ -85,7 +88,8 @@ class ShardedMuon(torch.optim.Optimizer):
     ) -> None:
         """Tells the optimizer what its parameters are: which slice of which matrix in the plan.
 
-        Collective: every rank of `group` calls this; fingerprints of the plans are compared.
+        Collective: every rank of `group` calls this. Fingerprints of the plans are compared, all buffers are made, the
+        ranks are connected, and on a GPU kernels are run once.
 
         Args:
             plan: The same on every rank.
@@ -104,7 +108,7 @@ class ShardedMuon(torch.optim.Optimizer):
             raise ValueError(f"bind: the plan was made for {plan.ns_steps} ns_steps, expected {self.muon.ns_steps}")
         rank = dist.get_rank(group) if dist.is_initialized() else 0
         problem = slices_problem(plan, rank, slices, [p for g in self.param_groups for p in g["params"]])
-        problem = problem or backend_problem(self.muon, plan, device)
+        problem = problem or backend_problem(self.muon, plan, rank, device)
         compare_over_ranks(plan.fingerprint, problem, group)
         # AdaMuon divides all updates of a round at once, on slices.
         at_owner = self.muon.variant != "adamuon"
@@ -120,6 +124,7 @@ class ShardedMuon(torch.optim.Optimizer):
         )
         numbers = {id(p): number for number, g in enumerate(self.param_groups) for p in g["params"]}
         group_of = {index: numbers[id(p)] for index, p in slices.items()}
+        exchange.connect()
         self._binding = Binding(exchange, dict(slices), dict(names or {}), group_of)
 
     @property
@@ -146,7 +151,8 @@ class ShardedMuon(torch.optim.Optimizer):
             raise RuntimeError("ShardedMuon.bind was not called: the optimizer does not know its matrices yet")
         return self._binding
 
-    def _elements_of(self, parameter: Tensor) -> SliceElements:
+    def elements_of(self, parameter: Tensor) -> SliceElements:
+        """The elements of one of the bound slices."""
         bound = self._bound()
         return next(bound.elements[index] for index, p in bound.slices.items() if p is parameter)
 
@@ -181,34 +187,6 @@ class ShardedMuon(torch.optim.Optimizer):
             for key, value in state_dict["state"].get(number, {}).items():
                 if key in (MOMENTUM, SECOND_MOMENT) and p.dtype != self.state_dtype(key):
                     self.state[p][key] = value.to(p.device, self.state_dtype(key), copy=True)
-
-    def elementwise_state(self, parameter: Tensor, key: str) -> Tensor:
-        """A state tensor with one entry per element of the slice, as a checkpoint holds it.
-
-        Args:
-            parameter: One of the bound slices.
-            key: Of `state_keys`.
-        """
-        state: Tensor = self.state[parameter][key]
-        if key != SECOND_MOMENT or self.muon.variant != "normuon":
-            return state
-        elements = self._elements_of(parameter)
-        lines = elements.touched_lines
-        table = state.new_zeros(int(lines[-1]) + 1)
-        table[lines] = state
-        return torch.cat([table[elements.lines(chunk)] for chunk in elements.chunks()])
-
-    def state_from_elements(self, parameter: Tensor, key: str, values: Tensor) -> Tensor:
-        """The inverse of `elementwise_state`: what the state tensor must be for it to return `values`."""
-        if key != SECOND_MOMENT or self.muon.variant != "normuon":
-            return values
-        elements = self._elements_of(parameter)
-        lines = elements.touched_lines
-        table = torch.zeros(int(lines[-1]) + 1, dtype=torch.float32, device=lines.device)
-        for chunk in elements.chunks():
-            # All elements of a line have the same value, so that it does not matter whose stays.
-            table[elements.lines(chunk)] = values[chunk].to(table)
-        return table[lines]
 
     @torch.no_grad()
     def begin(self) -> None:

@@ -86,20 +86,25 @@ def delayed_collectives(timeout_s: float = 30.0) -> Iterator[Delays]:
     def all_to_all_single(
         output: Tensor,
         input: Tensor,
-        output_split_sizes: Sequence[int],
-        input_split_sizes: Sequence[int],
+        output_split_sizes: Sequence[int] | None = None,
+        input_split_sizes: Sequence[int] | None = None,
         group: Any = None,
         async_op: bool = False,
     ) -> Any:
+        size = dist.get_world_size(group)
+        received, sent = (
+            list(splits or [len(tensor) // size] * size)
+            for splits, tensor in ((output_split_sizes, output), (input_split_sizes, input))
+        )
         ranks = tuple(dist.get_process_group_ranks(group if group is not None else dist.group.WORLD))
         number = numbers[ranks] = numbers.get(ranks, -1) + 1
         rank = dist.get_rank(group)
         key = f"delayed {len(_delays_made)} {ranks} {number}"
-        for destination, piece in enumerate(input.split(list(input_split_sizes))):
+        for destination, piece in enumerate(input.split(sent)):
             message = pickle.dumps((piece.dtype, piece.numel(), _bytes(piece).numpy().tobytes()))
             store.set(f"{key} {rank} {destination}", message)
         delays.issued.append((ranks, number))
-        work = _DelayedWork(delays, key, rank, input, output, list(output_split_sizes))
+        work = _DelayedWork(delays, key, rank, input, output, received)
         delays.unfinished.append(work)
         if not async_op:
             work.wait()

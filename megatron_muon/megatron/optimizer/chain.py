@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
+from megatron_muon.exchange.pipeline import run_together
 from megatron_muon.megatron.checkpoint.sharded_states import CheckpointedChain, CheckpointedOptimizer
 from megatron_muon.megatron.log.metrics_log import MetricsLog
 from megatron_muon.megatron.log.profiling import Profiler
@@ -16,7 +18,10 @@ from megatron_muon.megatron.optimizer.distributed import MuonDistributedOptimize
 
 
 class MuonChainedOptimizer(CheckpointedChain):
-    """Steps Muon's and AdamW's optimizers one after the other, then gathers all parameters once.
+    """Steps Muon's and AdamW's optimizers, then gathers all parameters once.
+
+    Muon's first gathers, of dense and of expert matrices, are issued before AdamW's step, which hides them. Then both
+    kinds are orthogonalized in one pipeline.
 
     A bucket group can hold buckets of both kinds (it does in virtual pipelines), so a gather that ran as soon as one
     optimizer has stepped would distribute parameters that the other one has not updated yet.
@@ -80,6 +85,34 @@ class MuonChainedOptimizer(CheckpointedChain):
             found = optimizer._unscale_main_grads_and_check_for_nan() or found
         scaler.update(found)
         return found
+
+    @torch.no_grad()
+    def _step(self) -> bool:
+        """Megatron's own steps one optimizer after the other. Collective over the world."""
+        muon = [o for o in self.chained_optimizers if isinstance(o, MuonDistributedOptimizer)]
+        inner = [optimizer.optimizer for optimizer in muon if not optimizer.is_stub_optimizer]
+        for each in inner:
+            each.begin()
+        success = True
+        for optimizer in self.chained_optimizers:
+            if optimizer not in muon:
+                success = bool(optimizer.step_with_ready_grads()) and success
+        with self._inner_step_timer():
+            run_together([each.running for each in inner])
+        for optimizer in muon:
+            # What is left of the inner step: its hooks. Then Megatron casts main parameters to model parameters.
+            success = bool(optimizer.step_with_ready_grads()) and success
+        return success
+
+    @contextmanager
+    def _inner_step_timer(self) -> Iterator[None]:
+        """Megatron's timer of inner steps, which would otherwise miss what runs before `step_with_ready_grads`."""
+        timers = self.config.timers
+        if timers is not None:
+            timers("optimizer-inner-step", log_level=1).start(barrier=self.config.barrier_with_L1_time)
+        yield
+        if timers is not None:
+            timers("optimizer-inner-step").stop()
 
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:

@@ -16,6 +16,7 @@ from megatron_muon.matrices.spec import MatrixSpec
 from megatron_muon.megatron.checkpoint.sharded_states import CheckpointedOptimizer, report_changes
 from megatron_muon.megatron.entry.checks import check_variant
 from megatron_muon.megatron.optimizer.process_grid import ProcessGrid
+from megatron_muon.optimizer.element_states import elementwise, from_elements
 from megatron_muon.optimizer.sharded_muon import ShardedMuon
 from megatron_muon.plan.build import CostModel, OwnershipPlan, PlanOptions, ShardedMatrix, Slice, build_plan
 from megatron_muon.plan.links_file import load_links
@@ -154,15 +155,18 @@ class MuonDistributedOptimizer(CheckpointedOptimizer):
     def _get_main_param_and_optimizer_states(self, model_param: nn.Parameter) -> dict[str, torch.Tensor]:
         """Megatron's own; every state has an entry per element, so that it can be cut anew for any layout."""
         tensors: dict[str, torch.Tensor] = super()._get_main_param_and_optimizer_states(model_param)
-        keys = tensors.keys() & set(self.optimizer.state_keys)
-        return {**tensors, **{key: self.optimizer.elementwise_state(tensors["param"], key) for key in keys}}
+        inner, main = self.optimizer, tensors["param"]
+        for key in tensors.keys() & set(inner.state_keys):
+            tensors[key] = elementwise(inner.state[main][key], key, inner.elements_of(main), inner.muon)
+        return tensors
 
     def _set_main_param_and_optimizer_states(self, model_param: nn.Parameter, tensors: dict[str, Any]) -> None:
         group, order = self.model_param_group_index_map[model_param]
         main = self.optimizer.param_groups[group]["params"][order]
-        for key in self.optimizer.state_keys:
+        inner = self.optimizer
+        for key in inner.state_keys:
             if key in tensors:
-                self.optimizer.state[main][key].copy_(self.optimizer.state_from_elements(main, key, tensors[key]))
+                inner.state[main][key].copy_(from_elements(tensors[key], key, inner.elements_of(main), inner.muon))
         main.detach().copy_(tensors["param"])
 
     def _shared_state(self) -> dict[str, Any]:
