@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -239,7 +240,8 @@ def record(name: str, muon: MuonConfig) -> tuple[list[Event], list[Event], float
             with counting:
                 for optimizer in optimizers:
                     optimizer.begin()
-                run_together([optimizer.running for optimizer in optimizers])
+                with torch.no_grad():
+                    run_together([optimizer.running for optimizer in optimizers])
     finally:
         dist.destroy_process_group()
     own = [[event for event in events if event.name.startswith(part.kind)] for part in parts]

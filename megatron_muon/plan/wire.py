@@ -22,11 +22,12 @@ from megatron_muon.plan.ownership import Item, OwnershipPlan, Segment, Transfers
 STACK_ALIGNMENT = 64
 _SCRATCH_ITEMSIZE = 4
 
-ROUND_SHARE = 5
-"""A round takes at most 1/5 of `exchange_buffer_mb` on a rank: in transit, and so much again where it is collected.
+ROUND_SHARE = 4
+"""What a rank stores and owns of a round takes at most 1/4 of `exchange_buffer_mb`, on the wire's data type.
 
-Two rounds are in transit at a time. With scratch of `SCRATCH_SHARE`, dense and expert matrices together then have
-2 x (2/5 + 1/5 + 1/8) = 1.45 times `exchange_buffer_mb` of persistent buffers at most, unless one parameter is larger.
+Two rounds are in transit at a time, and one is collected, which is half of a round or less. With the scratch, dense and
+expert matrices together have 2 x (2/4 + 1/8 + 1/8) = 1.5 times `exchange_buffer_mb` of persistent buffers, and less
+where slices are resident. It is more if a single parameter is larger, or if a rank owns much more than it stores.
 """
 SCRATCH_SHARE = 8
 """The scratch takes at most 1/8 of `exchange_buffer_mb`, or as much as the largest slice in fp32."""
