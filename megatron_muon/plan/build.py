@@ -268,8 +268,9 @@ def _rounds(plan: OwnershipPlan, options: PlanOptions) -> tuple[tuple[int, ...],
     work: list[dict[int, int]] = [defaultdict(int) for _ in plan.matrices]
     buffer: list[dict[int, int]] = [defaultdict(int) for _ in plan.matrices]
     # A scatter is at least as large as a gather: it fills every slice, also those of copies that are not gathered.
+    # One rank alone only collects.
     for matrix, sizes in zip(plan.matrices, buffer, strict=True):
-        for s in matrix.slices:
+        for s in matrix.slices if plan.world_size > 1 else ():
             sizes[s.rank] += (s.stop - s.start) * itemsize
     for item in plan.all_items():
         owner, spec = plan.owner(item), plan.spec(item)
