@@ -40,7 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.estimate.estimates import distinct_stages, stage_kinds, stage_plans
-from megatron_muon.estimate.schemes import Settings
+from megatron_muon.estimate.schemes import PlanSettings
 from megatron_muon.estimate.shapes import load_model
 from megatron_muon.estimate.stages import Layout
 from megatron_muon.optimizer import sharded_muon
@@ -87,7 +87,7 @@ def parts_of(name: str, muon: MuonConfig, busiest_by: str = "pieces") -> list[Pa
         busiest_by: `pieces` takes the rank with most slices and items, `flops` that with most Newton-Schulz.
     """
     model_name, layout = RUNS[name]
-    model, settings = load_model(model_name), Settings(muon=muon)
+    model, settings = load_model(model_name), PlanSettings(muon=muon)
     (layers, bucket_size), _ = next(iter(distinct_stages(model, layout, settings).items()))
     kinds = stage_plans(stage_kinds(layers, layout, settings), settings, bucket_size)
     handled: Counter[int] = Counter()
