@@ -144,7 +144,7 @@ class EventWatch:
     cost: CostModel
     events: list[Event]
     seconds: list[list[float]]
-    _stages: int = field(default=0)
+    _counted: set[tuple[str, int | None]] = field(default_factory=set)
 
     @contextmanager
     def phase(self, name: str, round_index: int | None = None) -> Iterator[None]:
@@ -158,7 +158,10 @@ class EventWatch:
         if name == "wait":
             self.events.append(Event("wait", f"{self.kind} {round_index}"))
             return
-        items = plan.items(round_index, rank) if round_index is not None else []
+        # A phase may come in pieces; the first one has all of a round's products.
+        counted = (name, round_index) in self._counted
+        self._counted.add((name, round_index))
+        items = plan.items(round_index, rank) if round_index is not None and not counted else []
         if name == "newton_schulz":
             flops = sum(plan.item_flops(item) for item in items if plan.team(item) is None)
             seconds += flops / self.cost.flops_per_s
