@@ -501,4 +501,4 @@ def test_memory_holds_a_few_tensors(tmp_path: Path) -> None:
     del model
     for work in ("import", "export"):
         (growth,) = run_ranks(peak_growth_bytes, 1, work, tmp_path)
-        assert block < growth < 6 * block, work
+        assert block < growth < 8 * block, work
