@@ -131,7 +131,7 @@ def check_goes_on(directory: Path, layout: list[str], whole: list[Trace]) -> Non
 
 def check_whole(directory: Path) -> None:
     found = manifest.read_manifest(directory)
-    assert found is not None and set(found.files) == set(manifest.sizes(directory))
+    assert found is not None and set(found.files) == set(manifest.file_sizes(directory))
     assert [manifest.file_problem(directory, name, entry) for name, entry in found.files.items()] == [None] * len(
         found.files
     )
