@@ -17,8 +17,8 @@ setup(
     # psutil: Megatron-Core's checkpoint writer refuses to save without it, and does not ask for it itself.
     install_requires=["torch>=2.8", "megatron-core>=0.19.2,<0.20", "psutil>=5.9", "PyYAML>=6", "rich>=13"],
     extras_require={
-        # What `make demo` needs beyond the plugin: plots and TensorBoard's event files.
-        "demo": ["matplotlib>=3.8", "tensorboard>=2.16", "vl-convert-python>=1.9"],
+        # What the examples need beyond the plugin: plots, fits and TensorBoard's event files.
+        "demo": ["matplotlib>=3.8", "scipy>=1.13", "tensorboard>=2.16", "vl-convert-python>=1.9"],
         # NVML's counters, clocks and power; everything else of `megatron_muon.profile` works without.
         "profile": ["nvidia-ml-py>=12.570"],
         # The page of `megatron_muon report`: charts, and losses from TensorBoard's files.

@@ -147,7 +147,7 @@ class MuonConfig:
         is_file=True,
     )
     exchange_buffer_mb: int = _setting(
-        "exchange", 1024, "size in MiB of a round's exchange buffer on a rank; bounds the rounds"
+        "exchange", 1024, "MiB of exchange buffers that a rank keeps; a round may take a quarter of them"
     )
     log_interval: int = _setting("logging", 0, "log metrics of the updates every so many steps; 0: never")
     log_params: bool = _setting(

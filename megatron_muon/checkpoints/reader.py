@@ -267,6 +267,8 @@ def iteration_directory(path: Path) -> Path:
     Raises:
         ValueError: If there is no `torch_dist` checkpoint.
     """
+    if not path.is_dir():
+        raise ValueError(f"{path}: got no directory of this name, expected that of a run or of one of its checkpoints")
     tracker = path / TRACKER
     if tracker.is_file():
         name = tracker.read_text(encoding="utf-8").strip()

@@ -4,6 +4,8 @@ All that a step needs is prepared when the exchange is made: buffers, views of t
 calls, for each round, what `ShardedMuon` describes, on every rank of the group and in the plan's order.
 """
 
+# More than 400 lines: half of them prepare views of the same buffers that the other half moves.
+
 from __future__ import annotations
 
 import math
