@@ -89,7 +89,7 @@ def known_flags() -> frozenset[str]:
     for parser in parsers():
         for one in (parser, *subparsers_of(parser).values()):
             found.update(one._option_string_actions)
-    for path in (*EXAMPLES.glob("*.py"), *(ROOT / "benchmarks").glob("*.py")):
+    for path in (*EXAMPLES.rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")):
         found.update(re.findall(r'add_argument\(\s*"(--[\w-]+)"', path.read_text(encoding="utf-8")))
     return frozenset(found)
 

@@ -16,9 +16,10 @@ from tests.paths import EXAMPLES
 sys.path.insert(0, str(EXAMPLES))
 
 from scaling_law import cli, schedule, study, tables
+from scaling_law.corpus import prepare
 from scaling_law.fit import Curve, compare, fit_law
 from scaling_law.flops import count
-from scaling_law.ladder import Ladder, Model, Run, Variant, load_ladder
+from scaling_law.ladder import OPTIMIZERS, Ladder, Model, Run, Variant, load_ladder
 from scaling_law.runner import Result, parse_log
 
 TINY = EXAMPLES / "scaling_law" / "tiny.yaml"
@@ -201,26 +202,62 @@ def test_tables_and_figures_are_made_of_raw_results(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.glob("*.png")} == {f"scaling_law_{n}.png" for n in ("rates", "loss", "ratio")}
 
 
-def test_a_ladder_of_seconds_trains_and_resumes(tmp_path: Path) -> None:
-    """Two models, two steps each, through megatron.training; the second call trains nothing and says the same."""
-    corpus = tmp_path / "corpus"
-    from scaling_law import corpus as corpus_module
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The standard library's sources alone."""
+    directory = tmp_path_factory.mktemp("corpus")
+    prepare(directory)
+    return directory
 
-    corpus_module.prepare(corpus)
+
+@pytest.fixture
+def ladder_of_seconds(tmp_path: Path) -> Path:
+    """`tiny.yaml` with two models of two steps each and one seed."""
     text = TINY.read_text().split("models:")[0].replace("seeds: [1234, 1235, 1236]", "seeds: [1]")
-    flags = TINY.read_text().split("muon_flags:")[1]
+    text = text.replace("validation_sequences: 512", "validation_sequences: 4")
+    rows = [
+        f"  - {{name: {name}, layers: 1, hidden: {hidden}, heads: 1, ffn: 32, batch_size: 2, tokens: 1024}}"
+        for name, hidden in (("s", 16), ("m", 32))
+    ]
     ladder = tmp_path / "ladder.yaml"
-    ladder.write_text(
-        f"{text}models:\n  - {{name: s, layers: 1, hidden: 16, heads: 1, ffn: 32, batch_size: 2, tokens: 1024}}\n"
-        f"  - {{name: m, layers: 1, hidden: 32, heads: 1, ffn: 32, batch_size: 2, tokens: 1024}}\nmuon_flags:{flags}"
-    )
-    run = ["run", "--ladder", str(ladder), "--out", str(tmp_path / "out"), "--corpus", str(corpus)]
-    assert cli.main(run) == 0
-    made = study.read(load_ladder(ladder), tmp_path / "out" / "results.json")
-    assert all(4 < result.loss < 6.5 and result.step_ms > 0 for result in made.results.values())
-    # Different optimizers and rates gave different losses; the first step alone would not.
-    assert len({result.loss for result in made.results.values()}) > 3
-    logs = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").glob("*/result.json")}
-    assert cli.main(run) == 0
-    assert {path: path.stat().st_mtime_ns for path in logs} == logs
-    assert study.read(load_ladder(ladder), tmp_path / "out" / "results.json").losses == made.losses
+    ladder.write_text("\n".join([f"{text}models:", *rows, "muon_flags:" + TINY.read_text().split("muon_flags:")[1]]))
+    return ladder
+
+
+def trained(ladder: Path, out: Path, corpus: Path) -> study.Study:
+    """Runs the command and reads its raw results."""
+    assert cli.main(["run", "--ladder", str(ladder), "--out", str(out), "--corpus", str(corpus)]) == 0
+    return study.read(load_ladder(ladder), out / "results.json")
+
+
+def results_written(out: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in (out / "runs").glob("*/result.json")}
+
+
+def test_runs_train_and_are_not_repeated(
+    ladder_of_seconds: Path, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One run of each optimizer through megatron.training; the second call trains nothing and gives the same."""
+    ladder = load_ladder(ladder_of_seconds)
+    wanted = [ladder.base(ladder.models[0], optimizer, 0.02, 1) for optimizer in OPTIMIZERS]
+    monkeypatch.setattr(schedule, "needed", lambda _, losses: [run for run in wanted if run not in losses])
+    made = trained(ladder_of_seconds, tmp_path / "out", corpus)
+    assert list(made.results) == sorted(wanted, key=lambda run: run.key)
+    # Bytes at random cost log(256) = 5.5 nats; both optimizers have learned a little, and not the same.
+    assert all(4 < result.loss < 5.55 and result.step_ms > 0 for result in made.results.values())
+    assert len(set(made.losses.values())) == 2
+    before = results_written(tmp_path / "out")
+    assert len(before) == 2
+    assert trained(ladder_of_seconds, tmp_path / "out", corpus).losses == made.losses
+    assert results_written(tmp_path / "out") == before
+
+
+@pytest.mark.exhaustive
+def test_a_ladder_of_seconds_trains_and_resumes(ladder_of_seconds: Path, tmp_path: Path, corpus: Path) -> None:
+    """Every run that the sweeps ask for."""
+    made = trained(ladder_of_seconds, tmp_path / "out", corpus)
+    ladder = load_ladder(ladder_of_seconds)
+    assert schedule.needed(ladder, made.losses) == []
+    before = results_written(tmp_path / "out")
+    assert trained(ladder_of_seconds, tmp_path / "out", corpus).losses == made.losses
+    assert results_written(tmp_path / "out") == before

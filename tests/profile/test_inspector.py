@@ -44,7 +44,8 @@ def test_a_file_that_was_cut_off(tmp_path: Path) -> None:
     assert inspector.load_records(tmp_path / "c.log")[1] == ["c.log: format v9.0, known are v4.0"]
 
 
-def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # names fold on a narrow screen
     assert main(["inspector", str(tmp_path / "nothing")]) == 2
     assert "expected a directory with files of NCCL Inspector" in capsys.readouterr().err
     (source,) = SAMPLES.glob("*pid1639453.log")
