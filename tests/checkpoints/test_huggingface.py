@@ -426,7 +426,7 @@ BAD = {
     ),
     "damaged save": Bad(lambda r: os.truncate(r / "saved" / "__0_0.distcp", 4000), exporting, "the file is truncated"),
     "no iteration": Bad(
-        lambda r: None, lambda r: exporting(r, "--iteration", "3"), "expected a checkpoint saved with --ckpt-format"
+        lambda r: None, lambda r: exporting(r, "--iteration", "3"), "iter_0000003: got no directory of this name"
     ),
     "no tokenizer": Bad(
         lambda r: None, lambda r: exporting(r, "--tokenizer", str(r)), "expected a tokenizer.json, tokenizer.model"

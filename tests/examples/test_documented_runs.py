@@ -118,7 +118,8 @@ class InRanks:
 
 def test_make_demo_trains_resumes_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`make demo` in two steps: both optimizers, Muon's resumed run, and the files that README.md names."""
-    told = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    words = ["make", "--no-print-directory", "-n", "demo"]  # without it, a make inside `make test` names directories
+    told = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert told.splitlines()[-1].split()[-1] == "examples/demo.py"
     stand_in = SimpleNamespace(Popen=InRanks, run=subprocess.run, STDOUT=subprocess.STDOUT)
     monkeypatch.setattr(demo, "subprocess", stand_in)
