@@ -275,7 +275,7 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
     """Megatron's settings for a config.json: names and values as in Megatron's arguments.
 
     Raises:
-        ValueError: If the model is none that Megatron computes, or a field is missing; the message names the field.
+        ValueError: If Megatron does not compute this model, or a field is missing; the message names the field.
     """
     architecture = _MODEL_TYPES.get(str(config.get("model_type")))
     if architecture is None:
