@@ -88,24 +88,26 @@ def _wanted(ladder: Ladder, losses: Losses) -> Iterator[Run]:
             rates.append(("muon", muon.best))
         for name, rate in rates:
             yield from (ladder.base(model, name, rate, seed) for seed in ladder.seeds)
-        yield from _at_adamws_rate(ladder, model, adamw.best)
+        yield from (run for _, run, _ in changes(ladder, model, adamw.best))
 
 
-def _at_adamws_rate(ladder: Ladder, model: Model, rate: float) -> Iterator[Run]:
+def changes(ladder: Ladder, model: Model, rate: float) -> Iterator[tuple[str, Run, Run]]:
+    """What is changed at AdamW's best rate of a model: a label, the changed run, and the run it is compared with."""
     for name in OPTIMIZERS:
-        run = ladder.base(model, name, rate, ladder.seeds[0])
+        base = ladder.base(model, name, rate, ladder.seeds[0])
         if model.name in ladder.batch_models:
-            for batch_size in (run.batch_size // 2, run.batch_size * 2):
+            for batch_size in (base.batch_size // 2, base.batch_size * 2):
                 if batch_size:
-                    yield replace(run, batch_size=batch_size)
+                    yield f"{name}: batch {batch_size}", replace(base, batch_size=batch_size), base
         if model.name in ladder.decay_models:
-            yield from (replace(run, weight_decay=decay) for decay in ladder.decays)
+            for decay in ladder.decays:
+                yield f"{name}: weight decay {decay}", replace(base, weight_decay=decay), base
     if model.name in ladder.variant_models:
         for variant in ladder.variants:
             for seed in ladder.seeds:
-                run = ladder.base(model, "muon", rate, seed)
-                decay = run.weight_decay if variant.weight_decay is None else variant.weight_decay
-                yield replace(run, variant=variant.name, weight_decay=decay)
+                base = ladder.base(model, "muon", rate, seed)
+                decay = base.weight_decay if variant.weight_decay is None else variant.weight_decay
+                yield variant.name, replace(base, variant=variant.name, weight_decay=decay), base
 
 
 @dataclass(frozen=True)

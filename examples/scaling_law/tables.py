@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
 
 from scaling_law import schedule
 from scaling_law.flops import count
-from scaling_law.ladder import OPTIMIZERS
+from scaling_law.ladder import Run
 from scaling_law.study import FORMS, Study
 
 Rows = list[tuple[str, ...]]
@@ -78,28 +77,16 @@ def effects(study: Study) -> Rows:
     ladder = study.ladder
     out: Rows = [("model", "change", "loss minus base", "standard error")]
 
-    def row(model: str, change: str, effect: tuple[float, float] | None) -> None:
-        if effect is not None:
-            error = f"{effect[1]:.4f}" if math.isfinite(effect[1]) else "one seed"
-            out.append((model, change, f"{effect[0]:+.4f}", error))
-
     for model in ladder.models:
         rate = schedule.sweep(ladder, model, "adamw", study.losses).best
-        if rate is None:
-            continue
-        for optimizer in OPTIMIZERS:
-            base = ladder.base(model, optimizer, rate, ladder.seeds[0])
-            for factor in (0.5, 2.0) if model.name in ladder.batch_models else ():
-                changed = replace(base, batch_size=int(base.batch_size * factor))
-                row(model.name, f"{optimizer}: batch {changed.batch_size}", study.effect([changed], [base]))
-            for decay in ladder.decays if model.name in ladder.decay_models else ():
-                changed = replace(base, weight_decay=decay)
-                row(model.name, f"{optimizer}: weight decay {decay}", study.effect([changed], [base]))
-        for variant in ladder.variants if model.name in ladder.variant_models else ():
-            bases = [ladder.base(model, "muon", rate, seed) for seed in ladder.seeds]
-            decay = ladder.weight_decay if variant.weight_decay is None else variant.weight_decay
-            changed_runs = [replace(base, variant=variant.name, weight_decay=decay) for base in bases]
-            row(model.name, variant.name, study.effect(changed_runs, bases))
+        pairs: dict[str, list[tuple[Run, Run]]] = {}
+        for change, run, base in schedule.changes(ladder, model, rate) if rate is not None else ():
+            pairs.setdefault(change, []).append((run, base))
+        for change, found in pairs.items():
+            effect = study.effect([run for run, _ in found], [base for _, base in found])
+            if effect is not None:
+                error = f"{effect[1]:.4f}" if math.isfinite(effect[1]) else "one seed"
+                out.append((model.name, change, f"{effect[0]:+.4f}", error))
     return out
 
 
