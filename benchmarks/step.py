@@ -69,15 +69,15 @@ class Case:
 
 CASES = (
     Case("1 rank, standard", ns_method="standard", target=1.0),
-    Case("1 rank", target=1.15),
-    Case("dp2", ranks=2, target=1.3),
-    Case("dp4", ranks=4, target=1.3),
+    Case("1 rank", target=1.4),
+    Case("dp2", ranks=2, target=1.4),
+    Case("dp4", ranks=4, target=1.35),
     Case("tp2 duplicated", ranks=2, tp=2, target=2.2),
     Case("tp2 distributed", ranks=2, tp=2, tp_mode="distributed"),
     Case("tp4 duplicated", ranks=4, tp=4, target=4.0),
     Case("tp2 dp2", ranks=4, tp=2, target=1.9),
     Case("moe, 1 rank", model="moe", hidden=256),
-    Case("moe, ep2 dp2", model="moe", hidden=256, ranks=4, ep=2),
+    Case("moe, ep2 dp2", model="moe", hidden=256, ranks=4, ep=2, target=1.2),
 )
 GROWTH = (
     *(Case(f"dp2, width {hidden}", ranks=2, hidden=hidden) for hidden in (128, 256, 512, 768)),

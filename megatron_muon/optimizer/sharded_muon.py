@@ -125,7 +125,7 @@ class ShardedMuon(torch.optim.Optimizer):
         numbers = {id(p): number for number, g in enumerate(self.param_groups) for p in g["params"]}
         group_of = {index: numbers[id(p)] for index, p in slices.items()}
         exchange.connect()
-        self._binding = Binding(exchange, dict(slices), dict(names or {}), group_of)
+        self._binding = Binding(self.muon, exchange, dict(slices), dict(names or {}), group_of)
 
     @property
     def exchange(self) -> Exchange:
@@ -198,7 +198,7 @@ class ShardedMuon(torch.optim.Optimizer):
         if self._running is None:
             bound = self._bound()
             self.init_state()
-            self._running = pipeline(Step(self.muon, bound, self.state, self.param_groups, self.updates, self.observer))
+            self._running = pipeline(Step(bound, self.state, self.param_groups, self.updates, self.observer))
             next(self._running, None)
 
     @property

@@ -21,15 +21,38 @@ from megatron_muon.matrices.shares import logical_views
 from megatron_muon.matrices.slice_elements import SliceElements
 from megatron_muon.optimizer.observer import StepObserver
 from megatron_muon.rule.adaptive import divide_elements, rms_factor, square_bits, square_sum
-from megatron_muon.rule.muon import apply_updates, bounded_stacks, momentum_update, orthogonalized_update
+from megatron_muon.rule.muon import Stack, apply_updates, bounded_stacks, momentum_update, orthogonalized_update
 from megatron_muon.rule.stochastic_rounding import random_bits, stochastic_bf16, stream
 from megatron_muon.state_keys import MOMENTUM, SECOND_MOMENT
 
 
 @dataclass(frozen=True)
-class Binding:
-    """What `bind` told an optimizer: its exchange, its slices, their names, and the parameter group of each."""
+class BoundBatch:
+    """A batch of this rank's slices, with the lists that a step's operations take.
 
+    Attributes:
+        batch: Its copies to and from the wire.
+        indices: Parameter indices of the slices.
+        slices: The slices, fp32 parameters of the optimizer.
+        scratch: Their places in the exchange's scratch, for directions and updates.
+        by_group: Number of a parameter group -> its slices of the batch and their places in the scratch.
+    """
+
+    batch: SliceBatch
+    indices: list[int]
+    slices: list[Tensor]
+    scratch: list[Tensor]
+    by_group: dict[int, tuple[list[Tensor], list[Tensor]]]
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What an optimizer was bound to: its exchange, its slices, their names, and the parameter group of each.
+
+    What follows from these is computed once, when it is first needed.
+    """
+
+    muon: MuonConfig
     exchange: Exchange
     slices: dict[int, Tensor]
     names: dict[int, str]
@@ -52,14 +75,51 @@ class Binding:
         """By parameter index, what this rank's slice has of each logical matrix."""
         return {i: tiles_of_slice(e.spec, e.piece, e.start, e.stop) for i, e in self.elements.items()}
 
+    @cached_property
+    def _batches(self) -> dict[tuple[int, bool], tuple[BoundBatch, ...]]:
+        exchange = self.exchange
+        return {
+            (round_index, travels): tuple(map(self._bound, batches))
+            for round_index in range(exchange.num_rounds)
+            for travels, batches in (
+                (True, exchange.travelling(round_index)),
+                (False, exchange.resident(round_index)),
+            )
+        }
+
+    def _bound(self, batch: SliceBatch) -> BoundBatch:
+        by_group: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
+        for index, flat in batch.flats.items():
+            slices, scratch = by_group.setdefault(self.group_of[index], ([], []))
+            slices.append(self.slices[index])
+            scratch.append(flat)
+        slices = [self.slices[index] for index in batch.flats]
+        return BoundBatch(batch, list(batch.flats), slices, list(batch.flats.values()), by_group)
+
+    def batches(self, round_index: int, *, travels: bool) -> tuple[BoundBatch, ...]:
+        """This rank's slices of a round that cross the wire, or that do not; none if there is no such round."""
+        return self._batches.get((round_index, travels), ())
+
+    @cached_property
+    def stacks(self) -> tuple[tuple[Stack, ...], ...]:
+        """For each round, the logical matrices that this rank does alone, as they are orthogonalized at once."""
+        exchange, lines = self.exchange, self.exchange.lines
+        out = []
+        for round_index in range(exchange.num_rounds):
+            stacks = exchange.stacks(round_index)
+            moments = lines.stacked(round_index, stacks) if lines is not None else None
+            out.append(tuple(bounded_stacks(stacks, self.muon, moments)))
+        return tuple(out)
+
+    @cached_property
+    def counted(self) -> frozenset[int]:
+        """Parameters of which this rank's elements enter sums over the ranks: of several copies, the first ones do."""
+        plan, first = self.exchange.plan, self.exchange.plan.tp_ranks[self.exchange.rank] == 0
+        return frozenset(index for index in self.slices if first or not plan.matrices[index].spec.replicated)
+
     def second_moments(self, state: Mapping[Tensor, dict[str, Tensor]]) -> dict[int, Tensor]:
         """By parameter index, the running mean squares of this rank's slices, if the variant keeps any."""
         return {index: state[p][SECOND_MOMENT] for index, p in self.slices.items() if SECOND_MOMENT in state[p]}
-
-    def counts(self, index: int) -> bool:
-        """Whether this rank's elements enter sums over the ranks: of several copies of a parameter, the first's do."""
-        plan = self.exchange.plan
-        return not plan.matrices[index].spec.replicated or plan.tp_ranks[self.exchange.rank] == 0
 
     def all_reduce(self, tensor: Tensor) -> None:
         """Sums over the group, in place."""
@@ -68,7 +128,7 @@ class Binding:
 
     @cached_property
     def zeros(self) -> Tensor:
-        """The gradient of slices without one. Made when it is first needed."""
+        """The gradient of slices that have none."""
         numel = max((p.numel() for p in self.slices.values()), default=0)
         return torch.zeros(numel, dtype=torch.float32, device=self.exchange.device)
 
@@ -78,7 +138,6 @@ class Step:
     """The rounds of one step, as `exchange.pipeline` runs them.
 
     Attributes:
-        muon: The optimizer's settings.
         bound: What the optimizer is bound to.
         state: The optimizer's state tensors, by slice; mutated.
         param_groups: The optimizer's, with `lr` and `weight_decay`.
@@ -86,16 +145,16 @@ class Step:
         observer: Sees what the step computes.
     """
 
-    muon: MuonConfig
     bound: Binding
     state: Mapping[Tensor, dict[str, Tensor]]
     param_groups: Sequence[dict[str, Any]]
     updates: int
     observer: StepObserver
+    muon: MuonConfig = field(init=False)
     exchange: Exchange = field(init=False)
 
     def __post_init__(self) -> None:
-        self.exchange = self.bound.exchange
+        self.muon, self.exchange = self.bound.muon, self.bound.exchange
 
     @property
     def num_rounds(self) -> int:
@@ -103,7 +162,7 @@ class Step:
 
     def prepare(self, round_index: int) -> None:
         """Momentum of the slices that travel, which are then packed for the gather."""
-        for batch in self.exchange.travelling(round_index):
+        for batch in self.bound.batches(round_index, travels=True):
             self._momentum(round_index, batch)
         self.exchange.pack_lines(round_index, self.bound.second_moments(self.state))
 
@@ -115,7 +174,7 @@ class Step:
 
     def compute(self, round_index: int) -> None:
         """Newton-Schulz on what this rank owns, and all the rest for slices that do not travel."""
-        resident = self.exchange.resident(round_index)
+        resident = self.bound.batches(round_index, travels=False)
         for batch in resident:
             self._momentum(round_index, batch)
         if round_index < self.num_rounds:
@@ -125,7 +184,7 @@ class Step:
 
     def apply(self, round_index: int) -> None:
         """Updates of the slices that travel, which have come back."""
-        batches = self.exchange.travelling(round_index)
+        batches = self.bound.batches(round_index, travels=True)
         for batch in batches:
             self._apply(round_index, batch)
         self.exchange.unpack_lines(round_index, self.bound.second_moments(self.state))
@@ -133,39 +192,36 @@ class Step:
             # Collective, also for a rank without slices in the round.
             self._divide(round_index, {})
 
-    def _momentum(self, round_index: int, batch: SliceBatch) -> None:
-        muon, state = self.muon, self.state
-        slices = {index: self.bound.slices[index] for index in batch.flats}
-        scratch = list(batch.flats.values())
+    def _momentum(self, round_index: int, batch: BoundBatch) -> None:
+        muon = self.muon
+        momenta = [self.state[p][MOMENTUM] for p in batch.slices]
         with self.exchange.watch.phase("momentum", round_index):
-            directions = momentum_update(
-                [state[p][MOMENTUM] for p in slices.values()],
-                [p.grad if p.grad is not None else self.bound.zeros[: p.numel()] for p in slices.values()],
+            momentum_update(
+                momenta,
+                [p.grad if p.grad is not None else self.bound.zeros[: p.numel()] for p in batch.slices],
+                batch.scratch,
                 momentum=muon.momentum,
                 nesterov=muon.nesterov,
                 gain=gradient_gain(muon),
-                out=scratch,
-                store=partial(self._store_momenta, slices) if muon.momentum_dtype == "bf16" else None,
+                store=partial(self._store_momenta, batch) if muon.momentum_dtype == "bf16" else None,
             )
-            self._record("momentum_sq", {i: state[p][MOMENTUM] for i, p in slices.items()})
-            if directions[0] is not scratch[0]:
-                torch._foreach_copy_(scratch, directions)
+            self._record("momentum_sq", batch.indices, momenta)
             if muon.variant == "adamuon":
-                for u in scratch:
+                for u in batch.scratch:
                     u.sign_()
         with self.exchange.watch.phase("pack", round_index):
-            batch.pack.run()
+            batch.batch.pack.run()
 
-    def _record(self, quantity: str, values: Mapping[int, Tensor]) -> None:
+    def _record(self, quantity: str, indices: Sequence[int], values: Sequence[Tensor]) -> None:
         """Shows the observer what this rank counts for."""
         if self.observer.watches:
-            counted = {i: value for i, value in values.items() if self.bound.counts(i)}
+            counted = {i: value for i, value in zip(indices, values, strict=True) if i in self.bound.counted}
             self.observer.slices(quantity, counted, self.bound.elements)
 
-    def _store_momenta(self, slices: Mapping[int, Tensor], momenta: Sequence[Tensor]) -> None:
+    def _store_momenta(self, batch: BoundBatch, momenta: Sequence[Tensor]) -> None:
         """Rounds fp32 momenta to bf16 and writes them into the state; random bits depend on element and step alone."""
         names = self.bound.names
-        for (index, p), wide in zip(slices.items(), momenta, strict=True):
+        for index, p, wide in zip(batch.indices, batch.slices, momenta, strict=True):
             elements = self.bound.elements[index]
             stream_id = stream(names.get(index, elements.spec.name), self.updates)
             for chunk in elements.chunks():
@@ -191,10 +247,8 @@ class Step:
             for item, team in teams.items()
         }
         with self.observer.newton_schulz():
-            stacks = exchange.stacks(round_index)
-            line_moments = lines.stacked(round_index, stacks) if lines is not None else None
-            pieces = bounded_stacks(stacks, muon, line_moments)
-            exchange.run_teams(round_index, talks, [partial(orthogonalized_update, piece, muon) for piece in pieces])
+            pieces = [partial(orthogonalized_update, stack, muon) for stack in self.bound.stacks[round_index]]
+            exchange.run_teams(round_index, talks, pieces)
         if lines is not None:
             lines.store_resident(round_index, self.bound.second_moments(self.state))
         if self.observer.watches:
@@ -218,7 +272,7 @@ class Step:
             for tile in self.bound.tiles[index]
         ]
         for (number, tile, parts), index in zip(tiles, (i for i in updates for _ in self.bound.tiles[i]), strict=True):
-            if self.bound.counts(index):
+            if index in self.bound.counted:
                 bits = square_bits(math.prod(tile.shape), muon.beta2)
                 sums[number] = square_sum(parts, bits, sums)
         self.bound.all_reduce(sums)
@@ -228,24 +282,22 @@ class Step:
             for part in parts:
                 part.mul_(factor)
 
-    def _apply(self, round_index: int, batch: SliceBatch) -> None:
-        slices = {index: self.bound.slices[index] for index in batch.flats}
-        updates = batch.flats
+    def _apply(self, round_index: int, batch: BoundBatch) -> None:
         with self.exchange.watch.phase("unpack", round_index):
-            batch.unpack.run()
+            batch.batch.unpack.run()
         if self.muon.variant == "adamuon":
             with self.exchange.watch.phase("second_moment", round_index):
-                self._divide(round_index, updates)
-        self._record("update_sq", updates)
-        self._record("weight_sq", slices)
-        groups = {index: self.param_groups[self.bound.group_of[index]] for index in slices}
-        self.observer.learning_rates({index: float(group["lr"]) for index, group in groups.items()})
+                self._divide(round_index, batch.batch.flats)
+        self._record("update_sq", batch.indices, batch.scratch)
+        self._record("weight_sq", batch.indices, batch.slices)
+        if self.observer.watches:
+            groups = {index: self.param_groups[self.bound.group_of[index]] for index in batch.indices}
+            self.observer.learning_rates({index: float(group["lr"]) for index, group in groups.items()})
         with self.exchange.watch.phase("apply", round_index):
-            for number in sorted({self.bound.group_of[index] for index in slices}):
-                members = [index for index in slices if self.bound.group_of[index] == number]
+            for number, (slices, updates) in batch.by_group.items():
                 apply_updates(
-                    [slices[i] for i in members],
-                    [updates[i] for i in members],
+                    slices,
+                    updates,
                     lr=self.param_groups[number]["lr"],
                     weight_decay=self.param_groups[number]["weight_decay"],
                     cautious=self.muon.cautious_weight_decay,

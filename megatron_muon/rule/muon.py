@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_muon.config import TORCH_DTYPES, MuonConfig, owner_factor
+from megatron_muon.config import TORCH_DTYPES, MuonConfig, gradient_gain, owner_factor
 from megatron_muon.newton_schulz import BackendName, coefficients, load_backend, normalize, orthogonalize, scaling_for
 from megatron_muon.newton_schulz.backends import Orthogonalize
 from megatron_muon.rule.adaptive import advance_line_moments, line_factors, line_means, multiply_lines
@@ -18,53 +18,83 @@ from megatron_muon.rule.adaptive import advance_line_moments, line_factors, line
 _STACK_NUMEL = 2**24
 
 
-def momentum_update(
-    momenta: Sequence[Tensor],
+def muon_update(
+    weights: Sequence[Tensor],
     gradients: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    config: MuonConfig,
+    *,
+    lr: float,
+    weight_decay: float,
+) -> None:
+    """One step of Muon on logical matrices that one process holds: the rule, which a run spreads over its ranks.
+
+    A rank of a run does the first and the third line on the slices that it stores, and the second on the matrices that
+    it owns. The exchange between them rounds to `exchange_dtype`; here nothing is rounded.
+
+    Args:
+        weights: Matrices (rows, cols), fp32; mutated.
+        gradients: The same shapes; not mutated.
+        momenta: fp32 buffers of the same shapes; mutated.
+        config: The settings; of the variants, `muon` alone.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+
+    Source: arXiv 2502.16982, section 2; its scale is `config.scale_factor`.
+    """
+    updates = [torch.empty_like(w) for w in weights]
+    momentum_update(
+        list(momenta),
+        list(gradients),
+        updates,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        gain=gradient_gain(config),
+    )
+    orthogonalized_updates(updates, config)
+    apply_updates(list(weights), updates, lr=lr, weight_decay=weight_decay, cautious=config.cautious_weight_decay)
+
+
+def momentum_update(
+    momenta: list[Tensor],
+    gradients: list[Tensor],
+    out: list[Tensor],
     *,
     momentum: float,
     nesterov: bool,
     gain: float = 1.0,
-    out: Sequence[Tensor] | None = None,
-    store: Callable[[Sequence[Tensor]], None] | None = None,
-) -> list[Tensor]:
-    """Advances the momentum buffers and returns what is to be orthogonalized.
+    store: Callable[[list[Tensor]], None] | None = None,
+) -> None:
+    """Advances the momentum buffers and writes what is to be orthogonalized to `out`.
 
-    m = momentum*m + gain*g, and u = gain*g + momentum*m with Nesterov, else m.
+    m = momentum*m + gain*g, and out = gain*g + momentum*m with Nesterov, else m.
 
     Args:
-        momenta: Buffers of any shape; mutated.
-        gradients: Of the same shapes; not mutated.
+        momenta: Buffers of any shape; mutated, unless with `store`.
+        gradients: The same shapes; not mutated.
+        out: The same shapes, fp32; mutated.
         momentum: Decay.
         nesterov: Whether to look ahead.
         gain: 1 for heavy ball, 1 - momentum for an exponential moving average.
-        out: Where u is written, fp32 and of the same shapes; new tensors if None. Not used without Nesterov, unless
-            with `store`.
-        store: For buffers of fewer bits: writes fp32 values into them. u is computed from the values before that.
-
-    Returns:
-        One tensor per buffer. Without Nesterov and `store` these are the buffers themselves: read, do not write.
+        store: For buffers of fewer bits: called with m in fp32, which it rounds and keeps. `out` follows from m before
+            that rounding.
     """
     if not momenta:
-        return []
+        return
     if gain != 1.0:
-        gradients = torch._foreach_mul([g.float() for g in gradients], gain)
-    directions = list(out) if out is not None else [torch.empty_like(m, dtype=torch.float32) for m in momenta]
+        gradients = list(torch._foreach_mul([g.float() for g in gradients], gain))
+    current = momenta if store is None else out
     if store is not None:
-        torch._foreach_copy_(directions, list(momenta))
-        torch._foreach_mul_(directions, momentum)
-        torch._foreach_add_(directions, list(gradients))
-        store(directions)
+        torch._foreach_copy_(current, momenta)
+    torch._foreach_mul_(current, momentum)
+    torch._foreach_add_(current, gradients)
+    if store is not None:
+        store(current)
     else:
-        torch._foreach_mul_(list(momenta), momentum)
-        torch._foreach_add_(list(momenta), list(gradients))
-        if not nesterov:
-            return list(momenta)
-        torch._foreach_copy_(directions, list(momenta))
+        torch._foreach_copy_(out, current)
     if nesterov:
-        torch._foreach_mul_(directions, momentum)
-        torch._foreach_add_(directions, list(gradients))
-    return directions
+        torch._foreach_mul_(out, momentum)
+        torch._foreach_add_(out, gradients)
 
 
 def in_ns_dtype(matrix: Tensor, dtype: torch.dtype) -> Tensor:
@@ -148,8 +178,8 @@ def orthogonalized_updates(stacks: Sequence[Tensor], config: MuonConfig) -> None
 
 
 def apply_updates(
-    parameters: Sequence[Tensor],
-    updates: Sequence[Tensor],
+    parameters: list[Tensor],
+    updates: list[Tensor],
     *,
     lr: float,
     weight_decay: float,
@@ -171,6 +201,6 @@ def apply_updates(
             for w, update in zip(parameters, updates, strict=True):
                 w.copy_(torch.where(w * update >= 0, w * (1.0 - lr * weight_decay), w))
         else:
-            torch._foreach_mul_(list(parameters), 1.0 - lr * weight_decay)
-    torch._foreach_mul_(list(updates), lr)
-    torch._foreach_sub_(list(parameters), list(updates))
+            torch._foreach_mul_(parameters, 1.0 - lr * weight_decay)
+    torch._foreach_mul_(updates, lr)
+    torch._foreach_sub_(parameters, updates)

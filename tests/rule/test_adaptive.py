@@ -201,7 +201,8 @@ def test_ema_is_emerging_optimizers(nesterov: bool) -> None:
     m, expected = torch.zeros(50), torch.zeros(50)
     for step in range(4):
         g = normal(step, 50)
-        (u,) = momentum_update([m], [g], momentum=0.9, nesterov=nesterov, gain=1.0 - 0.9)
+        u = torch.empty(50)
+        momentum_update([m], [g], [u], momentum=0.9, nesterov=nesterov, gain=1.0 - 0.9)
         expected.lerp_(g, 1 - 0.9)
         torch.testing.assert_close(m, expected)
         torch.testing.assert_close(u, g.lerp(expected, 0.9) if nesterov else expected)

@@ -19,7 +19,8 @@ from torch import Tensor
 from megatron_muon.config import MuonConfig, scale_factor
 from megatron_muon.newton_schulz import CoefficientSet, coefficients, orthogonalize
 from megatron_muon.rule import muon
-from megatron_muon.rule.muon import apply_updates, momentum_update, orthogonalized_updates
+from megatron_muon.rule.muon import apply_updates, momentum_update, muon_update, orthogonalized_updates
+from megatron_muon.rule.reference import ReferenceMuon
 
 FP32 = MuonConfig(ns_dtype="fp32")
 KELLER = (3.4445, -4.7750, 2.0315)
@@ -33,25 +34,30 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
+def directions(m: Sequence[Tensor], g: Sequence[Tensor], **settings: Any) -> list[Tensor]:
+    """What `momentum_update` writes to new tensors."""
+    out = [torch.full_like(t, math.nan, dtype=torch.float32) for t in m]
+    momentum_update(list(m), list(g), out, **settings)
+    return out
+
+
 # Halves and quarters: every result below is exact in float32, so that equality is the test.
 
 
 def test_heavy_ball_by_hand() -> None:
     m, g = torch.tensor([0.0, 4.0, -8.0]), torch.tensor([1.0, 2.0, 0.0])
-    (direction,) = momentum_update([m], [g], momentum=0.5, nesterov=False)
-    assert m.tolist() == [1.0, 4.0, -4.0]
-    # The buffer itself: no copy is made.
-    assert direction is m
-    momentum_update([m], [g], momentum=0.5, nesterov=False)
-    assert m.tolist() == [1.5, 4.0, -2.0]
+    (direction,) = directions([m], [g], momentum=0.5, nesterov=False)
+    assert m.tolist() == direction.tolist() == [1.0, 4.0, -4.0]
+    (direction,) = directions([m], [g], momentum=0.5, nesterov=False)
+    assert m.tolist() == direction.tolist() == [1.5, 4.0, -2.0]
 
 
 def test_nesterov_by_hand() -> None:
     m, g = torch.tensor([0.0, 4.0, -8.0]), torch.tensor([1.0, 2.0, 0.0])
-    (direction,) = momentum_update([m], [g], momentum=0.5, nesterov=True)
+    (direction,) = directions([m], [g], momentum=0.5, nesterov=True)
     assert m.tolist() == [1.0, 4.0, -4.0]
     assert direction.tolist() == [1.5, 4.0, -2.0]
-    (direction,) = momentum_update([m], [g], momentum=0.5, nesterov=True)
+    (direction,) = directions([m], [g], momentum=0.5, nesterov=True)
     assert m.tolist() == [1.5, 4.0, -2.0]
     assert direction.tolist() == [1.75, 4.0, -1.0]
 
@@ -59,7 +65,7 @@ def test_nesterov_by_hand() -> None:
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_momentum_zero_is_the_gradient(nesterov: bool) -> None:
     m, g = torch.tensor([3.0, -5.0]), torch.tensor([1.0, 2.0])
-    (direction,) = momentum_update([m], [g], momentum=0.0, nesterov=nesterov)
+    (direction,) = directions([m], [g], momentum=0.0, nesterov=nesterov)
     assert m.tolist() == direction.tolist() == [1.0, 2.0]
 
 
@@ -68,22 +74,20 @@ def test_momentum_update_mutates_the_buffers_only(nesterov: bool) -> None:
     momenta, gradients = [normal(1, 5), normal(2, 3, 2), normal(3, 0)], [normal(4, 5), normal(5, 3, 2), normal(6, 0)]
     lists = list(momenta), list(gradients)
     before = [g.clone() for g in gradients]
-    directions = momentum_update(momenta, gradients, momentum=0.9, nesterov=nesterov)
+    found = directions(momenta, gradients, momentum=0.9, nesterov=nesterov)
     assert all(same_bits(g, b) for g, b in zip(gradients, before, strict=True))
     assert all(a is b for pair in zip(lists, (momenta, gradients)) for a, b in zip(*pair, strict=True))
-    assert [d.shape for d in directions] == [m.shape for m in momenta]
-    if nesterov:
-        # New tensors: writing to them touches neither state nor gradient.
-        states = [m.clone() for m in momenta]
-        for direction in directions:
-            direction.fill_(math.nan)
-        assert all(same_bits(m, s) for m, s in zip(momenta, states, strict=True))
-        assert all(same_bits(g, b) for g, b in zip(gradients, before, strict=True))
+    # Writing to the result touches neither state nor gradient.
+    states = [m.clone() for m in momenta]
+    for direction in found:
+        direction.fill_(math.nan)
+    assert all(same_bits(m, s) for m, s in zip(momenta, states, strict=True))
+    assert all(same_bits(g, b) for g, b in zip(gradients, before, strict=True))
 
 
 def test_momentum_buffer_stays_fp32_under_bf16_gradients() -> None:
     m, g = torch.tensor([1.0]), torch.tensor([2.0**-8], dtype=torch.bfloat16)
-    (direction,) = momentum_update([m], [g], momentum=0.5, nesterov=True)
+    (direction,) = directions([m], [g], momentum=0.5, nesterov=True)
     # Neither sum is representable in bf16.
     assert m.dtype == direction.dtype == torch.float32
     assert m.item() == 0.5 + 2.0**-8
@@ -106,7 +110,7 @@ def test_weight_decay_zero_does_not_touch_the_weight() -> None:
 
 
 def test_nothing_to_do() -> None:
-    assert momentum_update([], [], momentum=0.9, nesterov=True) == []
+    momentum_update([], [], [], momentum=0.9, nesterov=True)
     apply_updates([], [], lr=0.1, weight_decay=0.1)
     orthogonalized_updates([], FP32)
 
@@ -120,9 +124,9 @@ def cut_points(draw: st.DrawFn) -> tuple[int, list[int]]:
 
 def element_wise_step(w: Sequence[Tensor], m: Sequence[Tensor], g: Sequence[Tensor], nesterov: bool) -> list[Tensor]:
     """All of a step but Newton-Schulz; the direction stands in for the update."""
-    directions = momentum_update(m, g, momentum=0.95, nesterov=nesterov)
-    apply_updates(w, [d.clone() for d in directions], lr=0.0123, weight_decay=0.1)
-    return directions
+    found = directions(m, g, momentum=0.95, nesterov=nesterov)
+    apply_updates(list(w), [d.clone() for d in found], lr=0.0123, weight_decay=0.1)
+    return found
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -342,3 +346,20 @@ def test_the_method_is_the_chosen_one(method: Any) -> None:
     assert same_bits(update, expected)
     other = orthogonalize(x, coefficients("keller", 5), iteration="gram" if method == "standard" else "standard") * 0.5
     assert not torch.equal(update, other)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_the_rule_as_one_function_is_the_references(nesterov: bool) -> None:
+    """Three steps of matrices of two shapes, bit for bit."""
+    config = MuonConfig(ns_dtype="fp32", exchange_dtype="fp32", batched=False, nesterov=nesterov, momentum=0.9)
+    weights = {"tall": normal(1, 24, 7), "wide": normal(2, 8, 30)}
+    reference = ReferenceMuon({name: w.clone() for name, w in weights.items()}, {}, config)
+    momenta = [torch.zeros_like(w) for w in weights.values()]
+    for step in range(3):
+        gradients = {name: normal(10 * step + i, *w.shape) for i, (name, w) in enumerate(weights.items())}
+        muon_update(
+            list(weights.values()), list(gradients.values()), momenta, config, lr=0.02 * (step + 1), weight_decay=0.1
+        )
+        reference.step(gradients, lr=0.02 * (step + 1), weight_decay=0.1)
+        assert all(same_bits(weights[name], reference.parameters[name]) for name in weights)
+    assert all(same_bits(m, reference.momenta[name]) for m, name in zip(momenta, weights, strict=True))
