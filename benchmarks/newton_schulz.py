@@ -82,7 +82,7 @@ def measure(rows: int, columns: int, repeats: int) -> dict[str, Any]:
     return {
         "rows": rows,
         "columns": columns,
-        "chosen": choose_iteration(rows, columns, STEPS, torch.float32, "cpu"),
+        "chosen": choose_iteration(rows, columns, STEPS, "fp32", "cpu"),
         "median_ms": {name: 1e3 * statistics.median(times) for name, times in seconds.items()},
         "median_speedup": {
             ours: {other: statistics.median(b / a for a, b in zip(seconds[ours], seconds[other])) for other in OTHERS}

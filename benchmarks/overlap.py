@@ -42,8 +42,8 @@ def make_plan(world_size: int, matrices: int, size: int, buffer_bytes: int) -> O
         for i in range(matrices)
     ]
     options = PlanOptions(
-        ns_dtype=torch.float32,
-        exchange_dtype=torch.float32,
+        ns_dtype="fp32",
+        exchange_dtype="fp32",
         buffer_bytes=buffer_bytes,
         max_team_size=1,
         cost=CostModel.for_device("cpu"),

@@ -104,7 +104,7 @@ def get_megatron_optimizer(
 
 
 def __getattr__(name: str) -> Any:
-    # MuonConfig needs torch: imported when first asked for.
+    # Imported when first asked for, so that importing the package stays quick.
     if name == "MuonConfig":
         from megatron_muon.config import MuonConfig
 

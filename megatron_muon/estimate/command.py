@@ -93,13 +93,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> ModelEstimate:
-    # torch and Megatron are imported only once a plan is asked for: other subcommands and --help start at once.
+    # What refuses bad input comes first, without numpy.
     from megatron_muon.config import MuonConfig
-    from megatron_muon.estimate.estimates import estimate_model
-    from megatron_muon.estimate.schemes import PlanSettings
     from megatron_muon.estimate.shapes import load_model
     from megatron_muon.estimate.stages import Layout
     from megatron_muon.plan.links_file import load_links
+
+    model = load_model(args.model)
 
     flags = ("ns_steps", "exchange_dtype", "router", "qkv_split", "mla_split", "balance")
     given = {name: getattr(args, name) for name in flags}
@@ -116,6 +116,9 @@ def _plan(args: argparse.Namespace) -> ModelEstimate:
         instances=args.instances,
         layers_per_stage=_layers_per_stage(args.layers_per_stage),
     )
+    from megatron_muon.estimate.estimates import estimate_model
+    from megatron_muon.estimate.schemes import PlanSettings
+
     settings = PlanSettings(
         muon=muon,
         impl=args.transformer_impl,
@@ -124,7 +127,7 @@ def _plan(args: argparse.Namespace) -> ModelEstimate:
         grad_bytes=2 if args.grad_reduce_in_bf16 else 4,
         links=load_links(args.links, "--links") if args.links else None,
     )
-    return estimate_model(load_model(args.model), layout, settings)
+    return estimate_model(model, layout, settings)
 
 
 def _layers_per_stage(text: str | None) -> tuple[int, ...] | None:

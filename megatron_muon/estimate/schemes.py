@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from megatron_muon.config import TORCH_DTYPES, MuonConfig
+from megatron_muon.config import MuonConfig
 from megatron_muon.estimate.buffers import Buffer, distributed_buffer, layer_wise_buffer, sharded_matrices
 from megatron_muon.estimate.stages import GroupShape, TransformerImpl
 from megatron_muon.estimate.transfer_times import CollectiveBytes, all_to_all, ring
 from megatron_muon.matrices.spec import MatrixSpec
+from megatron_muon.newton_schulz.names import DTYPE_BYTES
 from megatron_muon.plan.build import CostModel, OwnershipPlan, PlanOptions, build_plan
 from megatron_muon.plan.cost_model import alone_flops
 from megatron_muon.plan.links_file import MeasuredLinks
@@ -108,9 +109,9 @@ class GroupLoad:
 
 def matrix_flops(spec: MatrixSpec, settings: PlanSettings) -> int:
     """Newton-Schulz FLOPs of a parameter's logical matrices, each once and by one rank: what `build_plan` counts."""
-    muon, dtype, device_type = settings.muon, TORCH_DTYPES[settings.muon.ns_dtype], settings.rates.device_type
+    muon, device_type = settings.muon, settings.rates.device_type
     shapes = map(spec.logical_shape, range(len(spec.parts)))
-    return sum(alone_flops(*shape, muon.ns_steps, dtype, device_type, muon.ns_method) for shape in shapes)
+    return sum(alone_flops(*shape, muon.ns_steps, muon.ns_dtype, device_type, muon.ns_method) for shape in shapes)
 
 
 def adamw_sent_bytes(numel: int, grid: GroupShape, settings: PlanSettings) -> float:
@@ -166,7 +167,7 @@ def distributed_muon(
         ep_rank: Expert-parallel rank of the group.
     """
     muon, is_muon = settings.muon, settings.muon.variant == "muon"
-    element_size, places = TORCH_DTYPES[muon.exchange_dtype].itemsize, grid.places(ep_rank)
+    element_size, places = DTYPE_BYTES[muon.exchange_dtype], grid.places(ep_rank)
     padding = adamw_sent_bytes(buffer.padding_numel, grid, settings)
     wire = Wire(plan, keep_resident=is_muon)
     collectives = [ring(padding, grid.dp, grid.stride)]

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Literal, get_args
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Literal, get_args
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.estimate.models import Layer, MatrixShape, Model
 from megatron_muon.matrices.fused import FusedQkv, spec_from_split
 from megatron_muon.matrices.spec import MatrixSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 TransformerImpl = Literal["transformer_engine", "local"]
 
@@ -128,6 +129,9 @@ class GroupShape:
 
     def places(self, ep_rank: int = 0) -> NDArray[np.int64]:
         """Place of each rank of the group among the stage's ranks."""
+        # Here, since layouts are checked before numpy is imported.
+        import numpy as np
+
         dp_rank, tp_rank = np.divmod(np.arange(self.size), self.tp)
         places: NDArray[np.int64] = (dp_rank * self.ep + ep_rank) * self.tp + tp_rank
         return places

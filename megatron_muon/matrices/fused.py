@@ -26,7 +26,6 @@ from typing import TYPE_CHECKING, Protocol
 from megatron_muon.matrices.spec import Blocks, MatrixSpec, Part, Ranges
 
 if TYPE_CHECKING:
-    # config imports torch, which the planner's built-in models do without.
     from megatron_muon.config import MuonConfig
 
 

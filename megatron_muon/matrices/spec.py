@@ -11,9 +11,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -192,9 +194,12 @@ class MatrixSpec:
 
     def part_offsets(self, index: int, piece: int, flat: NDArray[np.int64]) -> NDArray[np.int64]:
         """How many elements of part `index` lie before each of some positions of piece `piece`, flattened."""
+        # Here, since the command line lists models without numpy.
+        import numpy as np
+
         cols, before = self.shape[1], np.zeros_like(flat)
         for start, stop in self.parts[index].rows_in(piece):
-            before += np.clip(flat - start * cols, 0, (stop - start) * cols)
+            before += np.minimum(np.maximum(flat - start * cols, 0), (stop - start) * cols)
         return before
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-import torch
+from megatron_muon.newton_schulz.names import DTYPE_BYTES, Iteration
 
-from megatron_muon.newton_schulz.names import Iteration
-
-GRAM_DTYPES = (torch.float16, torch.float32, torch.float64)
-"""Data types in which the Gram iteration is accurate enough."""
+GRAM_DTYPES = ("fp16", "fp32", "fp64")
+"""Names of the data types in which the Gram iteration is accurate enough."""
 
 # Below 128 columns a block's product no longer runs at the speed of the whole; beyond 8 blocks little is left to gain.
 _BLOCK_COLUMNS = 128
@@ -93,7 +91,7 @@ def _check(m: int, n: int, steps: int) -> tuple[int, int]:
 
 
 def choose_iteration(
-    m: int, n: int, steps: int, dtype: torch.dtype, device_type: str, *, batch: int = 1
+    m: int, n: int, steps: int, dtype: str, device_type: str, *, batch: int = 1
 ) -> Literal["standard", "gram"]:
     """Returns the iteration that costs less for matrices of shape (m, n).
 
@@ -105,7 +103,7 @@ def choose_iteration(
         m: Rows.
         n: Columns; the order of the two does not matter.
         steps: Number of iterations, at least one.
-        dtype: Data type of the iteration.
+        dtype: Data type of the iteration, a key of `DTYPE_BYTES`.
         device_type: ``torch.device.type``.
         batch: Matrices that share each product.
 
@@ -132,7 +130,7 @@ def newton_schulz_flops(
     steps: int,
     iteration: Iteration = "auto",
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: str = "fp32",
     device_type: str = "cuda",
 ) -> int:
     """Returns the floating-point operations of all matrix products for one (m, n) matrix, two per multiply-add.
@@ -146,7 +144,7 @@ def newton_schulz_flops(
         n: Columns; the order of the two does not matter.
         steps: Number of iterations, at least one.
         iteration: The iteration; ``auto`` is the one of `choose_iteration`.
-        dtype: Data type of the iteration; matters for ``auto`` only.
+        dtype: Data type of the iteration, a key of `DTYPE_BYTES`; matters for ``auto`` only.
         device_type: ``torch.device.type``.
 
     Raises:
@@ -165,7 +163,7 @@ def newton_schulz_bytes(
     steps: int,
     iteration: Iteration = "auto",
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: str = "fp32",
     device_type: str = "cuda",
 ) -> int:
     """Returns the bytes of memory traffic for one (m, n) matrix if every product reads its operands and writes once.
@@ -178,7 +176,7 @@ def newton_schulz_bytes(
         n: Columns; the order of the two does not matter.
         steps: Number of iterations, at least one.
         iteration: The iteration; ``auto`` is the one of `choose_iteration`.
-        dtype: Data type of the iteration.
+        dtype: Data type of the iteration, a key of `DTYPE_BYTES`.
         device_type: ``torch.device.type``; matters for ``auto`` only.
 
     Raises:
@@ -192,8 +190,8 @@ def newton_schulz_bytes(
     # Y Y^T; b G + c G^2; P Y + a Y.
     gram, polynomial, apply = matrix + square, 2 * square, square + 2 * matrix
     if iteration == "standard":
-        return dtype.itemsize * steps * (gram + polynomial + apply)
+        return DTYPE_BYTES[dtype] * steps * (gram + polynomial + apply)
     segments = restart_segments(steps)
     # Within a segment: two products for the Gram matrix and one for the factor, of two square operands each.
     inner = sum(9 * square * (length - 1) for length in segments)
-    return dtype.itemsize * (len(segments) * (gram + apply) + steps * polynomial + inner)
+    return DTYPE_BYTES[dtype] * (len(segments) * (gram + apply) + steps * polynomial + inner)

@@ -26,7 +26,7 @@ from megatron_muon.newton_schulz.names import Iteration
 MARGIN = 1e-7
 """Relative distance that normalized matrices keep from a norm of one, if the machine epsilon is smaller."""
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 
 # On a CPU, matrices from this many elements on run one after the other: one matrix's scratch stays in the cache where
 # a batch's does not (13 % at 128 x 128 in float32), and a batch gives each matrix the bits it would have had alone.
@@ -204,7 +204,7 @@ def _check_input(x: Tensor, iteration: Iteration) -> None:
             f"orthogonalize: got shape {tuple(x.shape)} in {x.dtype}, expected (..., M, N) in one of {names}"
         )
     check_iteration(iteration)
-    if iteration == "gram" and x.dtype not in GRAM_DTYPES:
+    if iteration == "gram" and _DTYPES[x.dtype] not in GRAM_DTYPES:
         raise ValueError(
             f"orthogonalize: got iteration='gram' with {x.dtype}, whose 8 bits let the Gram matrix drift (errors of "
             "10 to 50 %, and divergence); expected float16 or wider: cast the input, or set iteration='standard'"
@@ -257,7 +257,7 @@ def orthogonalize(
     one_by_one = x.dim() == 2 or (x.device.type == "cpu" and m * n >= _CPU_BATCH_NUMEL)
     if iteration == "auto":
         batch = 1 if one_by_one else matrices.size(0)
-        iteration = choose_iteration(m, n, len(schedule), x.dtype, x.device.type, batch=batch)
+        iteration = choose_iteration(m, n, len(schedule), _DTYPES[x.dtype], x.device.type, batch=batch)
     blocks = block_columns(m, symmetric_blocks(m, x.device.type) if one_by_one else 1)
 
     shape = matrices.shape[-2:] if one_by_one else matrices.shape

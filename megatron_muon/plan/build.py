@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import torch
 
-from megatron_muon.config import TORCH_DTYPES, Balance, MuonConfig
+from megatron_muon.config import Balance, ExchangeDtype, FloatDtype, MuonConfig
 from megatron_muon.matrices.shares import divide_part, is_single, max_shares, share_positions
 from megatron_muon.matrices.spec import MatrixSpec
-from megatron_muon.newton_schulz import Iteration
+from megatron_muon.newton_schulz.names import DTYPE_BYTES, Iteration
 from megatron_muon.plan.assign import Job, Owners, assign, loads_of
 from megatron_muon.plan.cost_model import CostModel, alone_flops, band_cost, share_costs
 from megatron_muon.plan.ownership import Item, OwnershipPlan, Segment, ShardedMatrix, Slice, Team, TeamMethod
@@ -59,8 +58,8 @@ class PlanOptions:
         balance: Whether messages within teams count when owners are chosen.
     """
 
-    ns_dtype: torch.dtype = TORCH_DTYPES[_DEFAULTS.ns_dtype]
-    exchange_dtype: torch.dtype = TORCH_DTYPES[_DEFAULTS.exchange_dtype]
+    ns_dtype: FloatDtype = _DEFAULTS.ns_dtype
+    exchange_dtype: ExchangeDtype = _DEFAULTS.exchange_dtype
     max_team_size: int = _DEFAULTS.max_team_size
     buffer_bytes: int = _DEFAULTS.exchange_buffer_mb * 2**20
     node_of: tuple[int, ...] | None = None
@@ -77,8 +76,8 @@ class PlanOptions:
     def from_config(cls, muon: MuonConfig, cost: CostModel, node_of: Sequence[int] | None) -> PlanOptions:
         """The options that a run with these settings plans with."""
         return cls(
-            ns_dtype=TORCH_DTYPES[muon.ns_dtype],
-            exchange_dtype=TORCH_DTYPES[muon.exchange_dtype],
+            ns_dtype=muon.ns_dtype,
+            exchange_dtype=muon.exchange_dtype,
             max_team_size=muon.max_team_size,
             buffer_bytes=muon.exchange_buffer_mb * 2**20,
             node_of=tuple(node_of) if node_of is not None else None,
@@ -216,7 +215,7 @@ def _method(
         return TeamMethod()
     groups = size // node_size if owners.placement == "nodes" else 1
     short, long = sorted(spec.joined_shape(part))
-    itemsize = options.ns_dtype.itemsize
+    itemsize = DTYPE_BYTES[options.ns_dtype]
     _, divided = band_cost(short, long, size, owners.placement, groups, ns_steps, itemsize, options.team_cost)
     return TeamMethod(divided, groups)
 
@@ -264,7 +263,7 @@ def _matched(places: Sequence[int], candidates: Sequence[int], held: Mapping[tup
 
 
 def _rounds(plan: OwnershipPlan, options: PlanOptions) -> tuple[tuple[int, ...], ...]:
-    itemsize = options.exchange_dtype.itemsize
+    itemsize = DTYPE_BYTES[options.exchange_dtype]
     work: list[dict[int, int]] = [defaultdict(int) for _ in plan.matrices]
     buffer: list[dict[int, int]] = [defaultdict(int) for _ in plan.matrices]
     # A scatter is at least as large as a gather: it fills every slice, also those of copies that are not gathered.

@@ -7,9 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
-import torch
-
-from megatron_muon.newton_schulz import Iteration, newton_schulz_flops
+from megatron_muon.newton_schulz.cost import newton_schulz_flops
+from megatron_muon.newton_schulz.names import DTYPE_BYTES, Iteration
 from megatron_muon.plan.links_file import MeasuredLinks
 from megatron_muon.plan.machines import REACHED
 from megatron_muon.plan.seats import Seat
@@ -94,8 +93,9 @@ class CostModel:
         return round(seconds * self.flops_per_s)
 
 
+@lru_cache(maxsize=1024)
 def alone_flops(
-    count: int, rows: int, cols: int, steps: int, dtype: torch.dtype, device_type: str, iteration: Iteration = "auto"
+    count: int, rows: int, cols: int, steps: int, dtype: str, device_type: str, iteration: Iteration = "auto"
 ) -> int:
     """Floating-point operations of `count` logical matrices on one rank."""
     return count * newton_schulz_flops(rows, cols, steps, iteration, dtype=dtype, device_type=device_type)
@@ -203,7 +203,7 @@ def share_costs(
     most: int,
     node_size: int,
     steps: int,
-    dtype: torch.dtype,
+    dtype: str,
     cost: CostModel,
     iteration: Iteration = "auto",
 ) -> ShareCosts:
@@ -214,7 +214,7 @@ def share_costs(
         most: Largest number of owners.
         node_size: Ranks of a node; 1 if nodes are not known.
         steps: Number of iterations.
-        dtype: Their data type.
+        dtype: Their data type, a key of `DTYPE_BYTES`.
         cost: Rates of the cluster.
         iteration: Iteration of a matrix that one rank does; a team's is the standard one.
     """
@@ -232,7 +232,9 @@ def share_costs(
     short, long = sorted((rows, cols))
 
     def of(size: int, placement: TeamPlacement, groups: int = 1) -> int:
-        return band_cost(short, long, size, placement, groups, steps, dtype.itemsize, cost)[0] if size > 1 else alone
+        return (
+            band_cost(short, long, size, placement, groups, steps, DTYPE_BYTES[dtype], cost)[0] if size > 1 else alone
+        )
 
     return ShareCosts(
         across=tuple(of(size, "across") for size in range(1, most + 1)),

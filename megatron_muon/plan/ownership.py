@@ -10,12 +10,12 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
+from megatron_muon.config import FloatDtype
 from megatron_muon.matrices.shares import Share, divide_part, is_single, max_shares, share_positions, share_shape
 from megatron_muon.matrices.spec import MatrixSpec
-from megatron_muon.newton_schulz import Iteration
+from megatron_muon.newton_schulz.names import DTYPE_BYTES, Iteration
 from megatron_muon.plan.cost_model import CostModel, alone_flops, band_flops, band_sent_bytes, band_stages, own_area
 from megatron_muon.plan.seats import Seat
 
@@ -138,7 +138,7 @@ class OwnershipPlan:
     rounds: tuple[tuple[int, ...], ...]
     methods: tuple[tuple[TeamMethod, ...], ...]
     ns_steps: int
-    ns_dtype: torch.dtype = torch.bfloat16
+    ns_dtype: FloatDtype = "bf16"
     cost: CostModel = field(default_factory=CostModel)
     ns_method: Iteration = "auto"
     loads: tuple[int, ...] = ()
@@ -292,8 +292,23 @@ class OwnershipPlan:
             out.append(tuple(columns.T))
         return tuple(out)
 
+    @cached_property
+    def _scattered_runs(self) -> dict[Item, tuple[NDArray[np.int64], ...]]:
+        """What `_runs` has found, since the gather, the scatter and the counts of bytes all ask for it."""
+        return {}
+
     def _runs(self, item: Item, *, scatter: bool) -> tuple[NDArray[np.int64], ...]:
         """The columns (rank, piece, start, stop) of an item's segments; see `segments`."""
+        runs = self._scattered_runs.get(item)
+        if runs is None:
+            runs = self._scattered_runs[item] = self._find_runs(item)
+        if scatter or not self.spec(item).replicated:
+            return runs
+        tp_ranks = np.array(self.tp_ranks)
+        kept = tp_ranks[runs[0]] == tp_ranks[self.owner(item)]
+        return tuple(column[kept] for column in runs)
+
+    def _find_runs(self, item: Item) -> tuple[NDArray[np.int64], ...]:
         spec, share = self.spec(item), self.share(item)
         ranks, tp_ranks, starts, stops = self._stored[item.matrix]
         pieces = tp_ranks if spec.num_pieces > 1 else np.zeros_like(tp_ranks)
@@ -303,8 +318,6 @@ class OwnershipPlan:
             first[here] = share_positions(spec, item.part, share, int(piece), starts[here])
             last[here] = share_positions(spec, item.part, share, int(piece), stops[here])
         kept = first < last
-        if spec.replicated and not scatter:
-            kept &= tp_ranks == self.tp_ranks[self.owner(item)]
         return ranks[kept], pieces[kept], first[kept], last[kept]
 
     def transfers(self, items: Iterable[Item], *, scatter: bool) -> Transfers:
@@ -349,7 +362,7 @@ class OwnershipPlan:
             if team is None:
                 continue
             seat, divided = team.seat(item.share), team.method.divided
-            sent = band_sent_bytes(team.short, seat, self.ns_steps, self.ns_dtype.itemsize, divided=divided)
+            sent = band_sent_bytes(team.short, seat, self.ns_steps, DTYPE_BYTES[self.ns_dtype], divided=divided)
             if nodes is not None and team.method.groups == 1 and len({nodes[rank] for rank in team.ranks}) > 1:
                 # Members anywhere: counted as if none were near.
                 sent = 0, sum(sent)

@@ -49,7 +49,7 @@ TINY = {
 
 def cost_of(rows: int, cols: int) -> int:
     """What the default settings' five steps in bf16 cost."""
-    return newton_schulz_flops(rows, cols, 5, dtype=torch.bfloat16)
+    return newton_schulz_flops(rows, cols, 5, dtype="bf16")
 
 
 def estimate(plan: Any, scheme: str, stage: int = 0) -> SchemeEstimate:

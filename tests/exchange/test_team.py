@@ -331,7 +331,7 @@ def logical_matrices(spec: MatrixSpec) -> list[tuple[list[int], list[int]]]:
 def make_plan(tp: int, dp: int, config: MuonConfig, **options: Any) -> OwnershipPlan:
     """Rank dp_rank * tp + tp_rank; storage is cut where a contiguous buffer would be, in the middle of rows."""
     matrices, tp_ranks = evenly(specs(tp), tp, dp)
-    settings = PlanOptions(ns_dtype=torch.float32, exchange_dtype=torch.float32, cost=FREE)
+    settings = PlanOptions(ns_dtype="fp32", exchange_dtype="fp32", cost=FREE)
     return build_plan(matrices, tp_ranks, ns_steps=config.ns_steps, options=replace(settings, **options))
 
 

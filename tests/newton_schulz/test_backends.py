@@ -45,17 +45,17 @@ def test_flops_of_whole_products() -> None:
     # A CPU multiplies only the blocks on and below the diagonal: 5/8 of four block columns.
     assert newton_schulz_flops(512, 512, 5, "standard", device_type="cpu") == (10 + 20 * 5 / 8) * 512**3
     assert newton_schulz_flops(512, 2048, 5) == newton_schulz_flops(512, 2048, 5, "gram")
-    assert newton_schulz_flops(512, 2048, 5, dtype=torch.bfloat16) == newton_schulz_flops(512, 2048, 5, "standard")
+    assert newton_schulz_flops(512, 2048, 5, dtype="bf16") == newton_schulz_flops(512, 2048, 5, "standard")
 
 
 def test_the_cheaper_method_is_chosen() -> None:
-    def chosen(m: int, n: int, dtype: torch.dtype = torch.float32, device: str = "cpu", batch: int = 1) -> str:
+    def chosen(m: int, n: int, dtype: str = "fp32", device: str = "cpu", batch: int = 1) -> str:
         return choose_iteration(m, n, 5, dtype, device, batch=batch)
 
     assert [chosen(512, n) for n in (512, 768, 1024, 4096)] == ["standard", "gram", "gram", "gram"]
     assert [chosen(4096, n, device="cuda") for n in (4096, 5120, 8192)] == ["standard", "standard", "gram"]
-    assert chosen(8192, 4096, torch.float16, "cuda") == "gram"
-    assert chosen(8192, 4096, torch.bfloat16, "cuda") == "standard"
+    assert chosen(8192, 4096, "fp16", "cuda") == "gram"
+    assert chosen(8192, 4096, "bf16", "cuda") == "standard"
     # Starting more and smaller products does not pay for a small matrix, but does for many of them.
     assert chosen(32, 64) == "standard"
     assert chosen(32, 128, batch=256) == "gram"
@@ -66,7 +66,7 @@ def test_sizes_below_one_have_no_cost(arguments: tuple[int, int, int]) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         newton_schulz_flops(*arguments)
     with pytest.raises(ValueError, match="at least 1"):
-        choose_iteration(*arguments, torch.float32, "cpu")
+        choose_iteration(*arguments, "fp32", "cpu")
 
 
 # --- other implementations ------------------------------------------------------------------------------------------

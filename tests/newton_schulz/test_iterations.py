@@ -405,7 +405,7 @@ def test_memory_traffic_is_that_of_the_products(shape: tuple[int, int], steps: i
     with _Traffic() as traffic:
         orthogonalize(torch.randn(shape), coefficients("keller", steps), iteration=iteration)
     assert traffic.num_bytes == newton_schulz_bytes(*shape, steps, iteration)
-    assert 2 * newton_schulz_bytes(*shape, steps, iteration, dtype=torch.float16) == traffic.num_bytes
+    assert 2 * newton_schulz_bytes(*shape, steps, iteration, dtype="fp16") == traffic.num_bytes
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -242,7 +242,7 @@ def test_a_plan_that_is_none_is_refused(name: str) -> None:
 @pytest.mark.parametrize("method", ["auto", "standard", "gram"])
 def test_a_chosen_iteration_is_what_plans_balance(method: Literal["auto", "standard", "gram"]) -> None:
     specs = [MatrixSpec(f"m{i}", (64, 64 * (1 + i)), 1, None, whole(64)) for i in range(4)]
-    options = PlanOptions(ns_dtype=torch.float32, ns_method=method, max_team_size=1)
+    options = PlanOptions(ns_dtype="fp32", ns_method=method, max_team_size=1)
     plan = build_plan(*evenly(specs, 1, 2), ns_steps=5, options=options)
     costs = [newton_schulz_flops(*s.shape, 5, method) for s in specs]
     assert plan.total_flops == sum(plan.rank_flops) == sum(costs)
