@@ -164,7 +164,6 @@ def plans_of_real_runs(rank: int, world_size: int) -> tuple[list[list[tuple[str,
     """(fingerprint, load, buffers of this rank) of plans, experts' last, for each of RUNS; Megatron's bucket sizes."""
     from types import SimpleNamespace
 
-    import torch
     from megatron.core import parallel_state
     from megatron.training import training
 
