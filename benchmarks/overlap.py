@@ -25,8 +25,7 @@ import torch.multiprocessing as multiprocessing
 from megatron_muon.config import MuonConfig
 from megatron_muon.exchange.phases import LABELS
 from megatron_muon.matrices.spec import MatrixSpec, whole
-from megatron_muon.observe.timing.overlap import hidden_share
-from megatron_muon.observe.timing.recording import HostClock, Recording, Span
+from megatron_muon.observe.timing.recording import HostClock, Recording, Span, hidden_share
 from megatron_muon.optimizer.sharded_muon import ShardedMuon
 from megatron_muon.plan.build import CostModel, OwnershipPlan, PlanOptions, ShardedMatrix, Slice, build_plan
 

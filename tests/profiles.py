@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.observe.timing.peaks import Ceiling, RunFacts
-from megatron_muon.observe.timing.ranks import RankStep, Transfer
 from megatron_muon.observe.timing.recording import Recorded, Span
+from megatron_muon.observe.timing.steps import RankStep, Transfer
 from megatron_muon.observe.timing.trace import TraceFile, file_name
 
 LINK = Ceiling(40e9, "measured links")
@@ -53,27 +54,44 @@ def recorded(begin_ns: int) -> Recorded:
     )
 
 
-def rank_record(rank: int, step: int, **changes: Any) -> RankStep:
-    """What `recorded` comes to."""
-    record = RankStep(
-        step=step,
-        rank=rank,
-        wall_ms=10.0,
-        busy_ms={"momentum": 1.0, "newton_schulz": 3.0, "wait": 3.0, "apply": 1.0},
-        transfers=(
-            Transfer("dense 0 gather 0", "gather", 8_000_000, 4.0),
-            Transfer("dense 0 scatter 0", "scatter", 6_000_000, 2.0),
-        ),
-        in_flight_ms=6.0,
-        exposed_ms=3.0,
-        sent_bytes=14_000_000,
-        team_bytes=0,
-        planned_bytes=14_000_000,
-        planned_team_bytes=0,
-        flops=6_000_000_000,
-        team_flops=0,
-    )
-    return replace(record, **changes)
+PHASES = {"momentum": 1.0, "newton_schulz": 3.0, "wait": 3.0, "apply": 1.0}
+KNOWN = {
+    "sent_bytes": 14_000_000,
+    "team_bytes": 0,
+    "planned_bytes": 14_000_000,
+    "planned_team_bytes": 0,
+    "flops": 6_000_000_000,
+    "team_flops": 0,
+    "ns_flops": 6_000_000_000,
+    "param_gather_bytes": 0,
+}
+TRANSFERS = (
+    Transfer("dense 0 gather 0", "gather", 8_000_000, 4.0),
+    Transfer("dense 0 scatter 0", "scatter", 6_000_000, 2.0),
+)
+
+
+def rank_record(
+    rank: int,
+    step: int,
+    *,
+    phases: Mapping[str, float] = MappingProxyType(PHASES),
+    transfers: tuple[Transfer, ...] = TRANSFERS,
+    throttled: tuple[str, ...] = (),
+    **changes: float,
+) -> RankStep:
+    """What `recorded` comes to, with other milliseconds of phases, or other numbers."""
+    numbers = {
+        "wall_ms": 10.0,
+        **{f"{name}_ms": ms for name, ms in phases.items()},
+        "other_ms": 2.0,
+        "ns_ms": phases["newton_schulz"],
+        "in_flight_ms": 6.0,
+        "exposed_ms": 3.0,
+        **KNOWN,
+        **changes,
+    }
+    return RankStep(step, rank, numbers, transfers, throttled)
 
 
 def write_traces(

@@ -46,21 +46,6 @@ class Sample:
     throttle_reasons: int | None = None
 
 
-@dataclass(frozen=True)
-class DeviceState:
-    """A device between two samples.
-
-    Attributes:
-        mean_power_w: Mean power, from the energy, otherwise of the two samples.
-        sm_clock_mhz: Lower one of the two clocks.
-        throttled: Reasons for low clocks at either time.
-    """
-
-    mean_power_w: float | None
-    sm_clock_mhz: int | None
-    throttled: tuple[str, ...]
-
-
 def throttle_names(reasons: int) -> tuple[str, ...]:
     """Names of the bits that are set, unknown ones as numbers, without the bit of an idle device."""
     known = [name for bit, name in THROTTLE_REASONS.items() if reasons & bit]
@@ -68,21 +53,30 @@ def throttle_names(reasons: int) -> tuple[str, ...]:
     return (*known, *([f"{unknown:#x}"] if unknown else []))
 
 
-def between(before: Sample, after: Sample) -> DeviceState:
-    """The device from one sample to a later one."""
+def between(before: Sample, after: Sample) -> tuple[dict[str, float], tuple[str, ...]]:
+    """The device from one sample to a later one.
 
-    def both(a: int | None, b: int | None) -> list[int]:
-        return [value for value in (a, b) if value is not None]
+    Returns:
+        What the device has of `power_w`, the mean by the energy, otherwise of the two samples, and of `sm_clock_mhz`,
+        the lower one of the two clocks; and the reasons for low clocks at either time.
+    """
 
-    powers, energies = both(before.power_mw, after.power_mw), both(before.energy_mj, after.energy_mj)
-    power = sum(powers) / len(powers) / 1e3 if powers else None
+    def both(name: str) -> list[int]:
+        return [value for value in (getattr(before, name), getattr(after, name)) if value is not None]
+
+    numbers: dict[str, float] = {}
+    if powers := both("power_mw"):
+        numbers["power_w"] = sum(powers) / len(powers) / 1e3
+    energies = both("energy_mj")
     # An energy that fell was reset.
     if len(energies) == 2 and energies[1] > energies[0] and after.time_ns > before.time_ns:
-        power = 1e6 * (energies[1] - energies[0]) / (after.time_ns - before.time_ns)
+        numbers["power_w"] = 1e6 * (energies[1] - energies[0]) / (after.time_ns - before.time_ns)
+    if clocks := both("sm_clock_mhz"):
+        numbers["sm_clock_mhz"] = min(clocks)
     reasons = 0
-    for value in both(before.throttle_reasons, after.throttle_reasons):
+    for value in both("throttle_reasons"):
         reasons |= value
-    return DeviceState(power, min(both(before.sm_clock_mhz, after.sm_clock_mhz), default=None), throttle_names(reasons))
+    return numbers, throttle_names(reasons)
 
 
 class NvmlDevice:

@@ -6,33 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
-from types import MappingProxyType
 from typing import Any
+
+from megatron_muon.observe.timing.shown import SHOWN
 
 # Legible on white and on black.
 PALETTE = (
     "#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#b8960c", "#ff7f9a", "#9d755d", "#8a8f98",
 )  # fmt: skip
-PHASE_COLORS: Mapping[str, str] = MappingProxyType(
-    {
-        "momentum": "#b8b000",
-        "pack": "#2aa7b5",
-        "wait": "#8a8f98",
-        "unpack": "#c58ac8",
-        "teams": "#f58518",
-        "newton_schulz": "#d8433f",
-        "second_moment": "#8566b8",
-        "apply": "#4a9d44",
-        "metrics": "#e377a8",
-        "param_gather": "#96674a",
-        "other": "#c9ced6",
-        "gather": "#4c78a8",
-        "exchange": "#3565c4",
-        "scatter": "#1f3f8f",
-    }
-)
-"""Colors of phases and collectives, in the table and in the charts."""
-
 _MOST_POINTS = 400
 _LABEL_PX = 12
 # Lower charts have their title above them only.
@@ -159,7 +140,7 @@ def timeline(spans: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def stacked(rows: Sequence[tuple[str, str, float]]) -> dict[str, Any]:
     """A step's time of each rank, divided into phases: (rank, phase, ms)."""
-    ranks, order = list(dict.fromkeys(rank for rank, *_ in rows)), list(PHASE_COLORS)
+    ranks, order = list(dict.fromkeys(rank for rank, *_ in rows)), list(SHOWN)
     values = [{"rank": r, "phase": p, "ms": _short(ms), "order": order.index(p)} for r, p, ms in rows]
     return {
         **_chart("Where the time of each rank goes", 24 * len(ranks) + 10),
@@ -181,12 +162,12 @@ def _chart(description: str, height: int) -> dict[str, Any]:
 
 
 def _phase_color(present: set[str]) -> dict[str, Any]:
-    domain = [name for name in PHASE_COLORS if name in present]
+    domain = [name for name in SHOWN if name in present]
     return {
         "field": "phase",
         "type": "nominal",
         "legend": None,
-        "scale": {"domain": domain, "range": [PHASE_COLORS[name] for name in domain]},
+        "scale": {"domain": domain, "range": [SHOWN[name].color for name in domain]},
     }
 
 

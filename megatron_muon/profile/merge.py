@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_muon.observe.timing.peaks import RunFacts
-from megatron_muon.observe.timing.ranks import RankStep
-from megatron_muon.observe.timing.steps import StepSummary, summarize_step
+from megatron_muon.observe.timing.steps import RankStep, StepSummary, summarize_step
 from megatron_muon.observe.timing.trace import PATTERN, Trace, read_trace
 
 
@@ -91,22 +89,12 @@ def merge(directory: Path) -> Merged:
     records: dict[int, dict[int, RankStep]] = defaultdict(dict)
     for rank, trace in sorted(traces.items()):
         for step, record in trace.records().items():
-            _check(trace, record)
             records[step][rank] = record
     if not records:
         raise ValueError(f"RUN: got {directory} with traces that have no step; the run has profiled none yet")
     facts = RunFacts.from_json(traces[min(traces)].info.get("facts"))
     notes += _missing(traces, records, facts.world_size)
     return Merged(traces, facts, records, notes)
-
-
-def _check(trace: Trace, record: RankStep) -> None:
-    numbers = [record.wall_ms, record.in_flight_ms, record.exposed_ms, *record.busy_ms.values()]
-    numbers += [record.sent_bytes, record.team_bytes, record.planned_bytes, record.planned_team_bytes]
-    numbers += [record.flops, record.team_flops, record.param_gather_bytes]
-    numbers += [number for transfer in record.transfers for number in (transfer.ms, transfer.sent_bytes)]
-    if not all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in numbers):
-        raise ValueError(f"{trace.path}: step {record.step} has an invalid number; remove the file")
 
 
 def _of_one_run(traces: Sequence[Trace], notes: list[str]) -> dict[int, Trace]:
@@ -148,7 +136,7 @@ def shown_spans(merged: Merged, step: int) -> list[dict[str, Any]]:
     compute longest.
     """
     records = merged.records[step]
-    ranks = sorted(sorted(records, key=lambda rank: -records[rank].ns_ms)[:_SHOWN_RANKS])
+    ranks = sorted(sorted(records, key=lambda rank: -records[rank].numbers["ns_ms"])[:_SHOWN_RANKS])
     spans: list[tuple[str, str, float, float]] = []
     for rank in ranks:
         busy, flights, begun = [], [], {}

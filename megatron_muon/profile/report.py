@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_muon.observe.metric_names import by_layer_kind, layer_kind
 from megatron_muon.observe.page import Charts, details, items, page, paragraph, section, table, text
+from megatron_muon.observe.timing.shown import SHOWN
 from megatron_muon.profile import charts as draw
 from megatron_muon.profile.merge import Merged, shown_spans
 from megatron_muon.profile.run_files import LOSSES, RunFiles
@@ -116,13 +117,12 @@ def _what_ran(run: RunFiles) -> list[str]:
 def _bottleneck(run: RunFiles) -> str:
     if run.profile is None:
         return ""
-    from megatron_muon.observe.timing.findings import find
     from megatron_muon.observe.timing.steps import median_step
+    from megatron_muon.observe.timing.table import found_lines
 
     summary = median_step(run.profile.summaries())
-    first, *rest = find(summary, run.profile.facts)
-    took = f"The optimizer step takes {summary.wall_ms.largest:.1f} ms on the slowest rank."
-    found = items([took, f"Bottleneck: {first}", *(f"Also: {finding}" for finding in rest)])
+    took = f"The optimizer step takes {summary['wall_ms'].largest:.1f} ms on the slowest rank."
+    found = items([took, *found_lines(summary, run.profile.facts)])
     return f"<h3>Where the time goes, and what to do</h3>{found}"
 
 
@@ -289,15 +289,14 @@ def _profile_section(
 
     summary = median_step(profile.summaries())
     rows = phase_rows(summary, profile.facts)
-    colors = [draw.PHASE_COLORS.get(row.name) for row in rows]
-    phases = table(COLUMNS, [row.cells for row in rows], numbers=NUMBERS, colors=colors)
+    phases = table(COLUMNS, list(rows.values()), numbers=NUMBERS, colors=[SHOWN[name].color for name in rows])
     shown = _shown_step(profile, step)
     records = profile.records[shown]
     times = [
         (f"rank {rank}", name, ms)
         for rank, record in sorted(records.items())
-        for name, ms in (*record.busy_ms.items(), ("other", record.other_ms))
-        if name in draw.PHASE_COLORS
+        for name in SHOWN
+        if (ms := record.numbers.get(f"{name}_ms")) is not None
     ]
     heading = f"Where the time of a step goes: {run.name}" if several else "Where the time of a step goes"
     return _section(
@@ -322,7 +321,7 @@ def _profile_section(
 def _shown_step(profile: Merged, step: int | None) -> int:
     """The step asked for, or the one of median length, of those that most ranks have profiled."""
     if step is None:
-        lengths = {summary.step: summary.wall_ms.largest for summary in profile.summaries() if summary.step > 1}
+        lengths = {summary.step: summary["wall_ms"].largest for summary in profile.summaries() if summary.step > 1}
         if not lengths:
             return max(profile.records)
         middle = statistics.median_low(lengths.values())
@@ -335,21 +334,12 @@ def _shown_step(profile: Merged, step: int | None) -> int:
 
 def _ranks_table(profile: Merged) -> str:
     last = {rank: record for _, of_step in sorted(profile.records.items()) for rank, record in of_step.items()}
-    rows = [
-        (
-            rank,
-            profile.traces[rank].info.get("host"),
-            record.step,
-            f"{record.wall_ms:.2f}",
-            f"{record.ns_ms:.2f}",
-            f"{(record.flops + record.team_flops) / 1e9:.4g}",
-            record.sent_bytes,
-            record.planned_bytes,
-            record.team_bytes,
-            record.planned_team_bytes,
-        )
-        for rank, record in sorted(last.items())
-    ]
+    rows: list[tuple[object, ...]] = []
+    for rank, record in sorted(last.items()):
+        n = record.numbers
+        times = f"{n['wall_ms']:.2f}", f"{n['ns_ms']:.2f}", f"{n['ns_flops'] / 1e9:.4g}"
+        sent = (f"{n[key]:.0f}" for key in ("sent_bytes", "planned_bytes", "team_bytes", "planned_team_bytes"))
+        rows.append((rank, profile.traces[rank].info.get("host"), record.step, *times, *sent))
     columns = (
         "rank", "host", "step", "step, ms", "Newton-Schulz, ms", "GFLOP", "sent, bytes", "planned, bytes",
         "teams sent, bytes", "teams planned, bytes",

@@ -13,7 +13,7 @@ from benchmarks import overlap
 from benchmarks.step import peak_bytes
 from megatron_muon.config import MuonConfig
 from megatron_muon.exchange.pipeline import pipeline, run_together
-from megatron_muon.observe.timing.overlap import hidden_share
+from megatron_muon.observe.timing.recording import hidden_share
 from megatron_muon.optimizer.sharded_muon import ShardedMuon
 from megatron_muon.rule.muon import orthogonalized_updates
 from tests.distributed import run_ranks

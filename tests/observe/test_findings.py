@@ -9,14 +9,10 @@ import pytest
 
 from megatron_muon.observe.timing.findings import PARTS, Finding, find
 from megatron_muon.observe.timing.peaks import RunFacts
-from megatron_muon.observe.timing.steps import Spread, StepSummary, Wire
+from megatron_muon.observe.timing.steps import Spread, StepSummary
 from tests.profiles import facts
 
 WALL_MS = 100.0
-
-
-def wire(bytes_per_s: float, message_bytes: float) -> Wire:
-    return Wire(Spread(10.0, 10.0, 0), Spread(message_bytes, 4 * message_bytes, 0), 4, bytes_per_s)
 
 
 def step(
@@ -46,19 +42,23 @@ def step(
         step=10,
         steps=5,
         ranks=2,
-        wall_ms=Spread(WALL_MS, WALL_MS, 0),
-        busy_ms={name: Spread(ms, ms, 0) for name, ms in means.items()},
-        other_ms=Spread(other, other, 0),
-        wires={"gather": wire(link, message_bytes), "scatter": wire(2 * link, message_bytes)},
+        spreads={
+            "wall_ms": Spread(WALL_MS, WALL_MS, 0),
+            **{f"{name}_ms": Spread(ms, ms, 0) for name, ms in {**means, "other": other}.items()},
+            "ns_ms": Spread(ns, max(ns_largest, ns), 1),
+            "ns_flops": Spread(1e12, flops_largest * 1e12, 1),
+            "sent_bytes": Spread(8 * message_bytes, 8 * message_bytes, 0),
+            "team_bytes": Spread(3 * 2**20, 3 * 2**20, 0),
+        },
+        rates={
+            "newton_schulz": ns_rate,
+            "teams": team_rate,
+            "param_gather": 30e9,
+            "gather": link,
+            "scatter": 2 * link,
+        },
+        message_bytes={"gather": message_bytes, "scatter": message_bytes},
         hidden_share=0.25,
-        ns_ms=Spread(ns, max(ns_largest, ns), 1),
-        ns_flops=Spread(1e12, flops_largest * 1e12, 1),
-        ns_flops_per_s=ns_rate,
-        team_flops_per_s=team_rate,
-        sent_bytes=Spread(8 * message_bytes, 8 * message_bytes, 0),
-        team_bytes=Spread(3 * 2**20, 3 * 2**20, 0),
-        unplanned_bytes=0,
-        param_gather_bytes_per_s=30e9,
     )
 
 

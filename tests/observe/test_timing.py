@@ -13,25 +13,34 @@ import jsonschema
 import pytest
 import torch
 
+from megatron_muon.exchange.phases import BUSY, FLIGHTS
 from megatron_muon.observe.timing import recording as recording_module
+from megatron_muon.observe.timing.findings import PARTS
 from megatron_muon.observe.timing.peaks import arithmetic_ceiling, link_ceiling
-from megatron_muon.observe.timing.ranks import Duty, Transfer, rank_step
-from megatron_muon.observe.timing.recording import CudaClock, Recording
-from megatron_muon.observe.timing.steps import Spread, median_step, scalars, summarize_step
+from megatron_muon.observe.timing.recording import CudaClock, HostClock, Recording
+from megatron_muon.observe.timing.shown import SHOWN, part_phases
+from megatron_muon.observe.timing.steps import Spread, Transfer, median_step, rank_step, scalars, summarize_step
 from megatron_muon.observe.timing.table import run_summary
 from megatron_muon.observe.timing.trace import TraceFile, file_name, read_trace
 from megatron_muon.plan.links_file import LinkFigures, MeasuredLinks
 from megatron_muon.profile.merge import merge
-from tests.profiles import MS, facts, rank_record, recorded, write_traces
+from tests.profiles import KNOWN, MS, PHASES, TRANSFERS, facts, rank_record, recorded, write_traces
 from tests.trace_schema import SCHEMA
 
 
 def test_numbers_of_a_rank_by_hand() -> None:
-    duty = Duty("dense", 0, 14_000_000, 0, 6_000_000_000, 0)
-    got = rank_step(recorded(10**15), [duty], step=3, rank=1, counted=(14_000_000, 0))
+    got = rank_step(recorded(10**15), KNOWN, {"dense": 0}, step=3, rank=1)
     # In flight from 1 to 5 and from 6 to 8; waited from 4 to 5 and from 6 to 8.
-    assert got == rank_record(1, 3, in_flight_ms=pytest.approx(6.0), exposed_ms=pytest.approx(3.0))
-    assert got.other_ms == pytest.approx(2.0)
+    expected = rank_record(1, 3)
+    assert got.numbers == pytest.approx(expected.numbers)
+    assert replace(got, numbers={}) == replace(expected, numbers={})
+
+
+def test_every_phase_is_shown() -> None:
+    """In the order of rows, and each in one part of the findings."""
+    assert tuple(SHOWN) == (*BUSY, "other", *FLIGHTS)
+    assert sorted(name for part in PARTS for name in part_phases(part)) == sorted((*BUSY, "other"))
+    assert len({phase.color for phase in SHOWN.values()}) == len(SHOWN)
 
 
 def test_numbers_of_a_step_by_hand() -> None:
@@ -39,27 +48,25 @@ def test_numbers_of_a_step_by_hand() -> None:
         1,
         3,
         wall_ms=12.0,
-        busy_ms={"momentum": 1.0, "newton_schulz": 6.0, "wait": 1.0},
+        phases={"momentum": 1.0, "newton_schulz": 6.0, "wait": 1.0},
         in_flight_ms=4.0,
         exposed_ms=1.0,
-        transfers=(
-            replace(rank_record(1, 3).transfers[0], ms=1.0, sent_bytes=4_000_000),
-            replace(rank_record(1, 3).transfers[1], ms=3.0),
-        ),
+        transfers=(replace(TRANSFERS[0], ms=1.0, sent_bytes=4_000_000), replace(TRANSFERS[1], ms=3.0)),
         sent_bytes=10_000_000,
     )
     got = summarize_step([rank_record(0, 3), late])
-    assert got.wall_ms == Spread(11.0, 12.0, 1) and got.ns_ms == Spread(4.5, 6.0, 1)
-    assert got.busy_ms["apply"] == Spread(0.5, 1.0, 0) and got.busy_ms["apply"].imbalance == 2.0
+    assert got["wall_ms"] == Spread(11.0, 12.0, 1) and got["ns_ms"] == Spread(4.5, 6.0, 1)
+    assert got["apply_ms"] == Spread(0.5, 1.0, 0) and got["apply_ms"].imbalance == 2.0
     # Half of 6 ms and a quarter of 4 ms are lost.
     assert got.hidden_share == pytest.approx(1 - 4.0 / 10.0)
     # The gather takes what its last rank sees of it; 8 MB, the most that a rank sends, in 1 ms.
-    assert got.wires["gather"].bytes_per_s == pytest.approx(8e9)
-    assert got.wires["scatter"].bytes_per_s == pytest.approx(3e9)
+    assert got.rates["gather"] == pytest.approx(8e9)
+    assert got.rates["scatter"] == pytest.approx(3e9)
     # 12 GFLOP in 3 + 6 ms.
-    assert got.ns_flops_per_s == pytest.approx(12e9 / 9e-3)
+    assert got.rates["newton_schulz"] == pytest.approx(12e9 / 9e-3)
     assert got.unplanned_bytes == 4_000_000
-    assert got.share("newton_schulz") == pytest.approx(4.5 / 11) and got.share("other", "apply") > 0
+    assert got.share(["newton_schulz"]) == pytest.approx(4.5 / 11)
+    assert got.share(["other", "apply"]) == pytest.approx((2.0 + 0.5) / 11)
     assert scalars(got)["gather_gb_per_s"] == pytest.approx(8.0)
     with pytest.raises(ValueError, match="got steps \\[3, 4\\]"):
         summarize_step([rank_record(0, 3), rank_record(1, 4)])
@@ -68,28 +75,36 @@ def test_numbers_of_a_step_by_hand() -> None:
 def test_a_collective_that_moves_nothing_tells_nothing_of_links() -> None:
     empty = Transfer("experts 0 gather 0", "gather", 0, 5.0)
     records = [rank_record(rank, 3) for rank in range(2)]
-    got = summarize_step([replace(r, transfers=(*r.transfers, empty)) for r in records]).wires["gather"]
-    alone = summarize_step(records).wires["gather"]
-    assert (got.bytes_per_s, got.collectives, got.message_bytes) == (2e9, 1, 8e6)
-    assert (alone.bytes_per_s, alone.collectives, alone.message_bytes) == (2e9, 1, 8e6)
+    got = summarize_step([replace(r, transfers=(*r.transfers, empty)) for r in records])
+    for summary in (got, summarize_step(records)):
+        assert (summary.rates["gather"], summary.message_bytes["gather"]) == (2e9, 8e6)
     # But ranks may wait for it.
-    assert got.ms.mean == 9.0
+    assert got["gather_ms"].mean == 9.0
 
 
 def test_medians_leave_the_first_step_out() -> None:
     steps = [summarize_step([rank_record(0, step, wall_ms=wall)]) for step, wall in ((1, 900.0), (2, 10.0), (3, 14.0))]
     got = median_step([*steps, summarize_step([rank_record(0, 4, wall_ms=11.0)])])
-    assert (got.step, got.steps, got.wall_ms.largest) == (4, 3, 11.0)
-    assert median_step(steps[:1]).wall_ms.largest == 900.0
+    assert (got.step, got.steps, got["wall_ms"].largest) == (4, 3, 11.0)
+    assert median_step(steps[:1])["wall_ms"].largest == 900.0
 
 
 def test_a_phase_of_few_steps_is_not_in_the_median_step() -> None:
     """Metrics of one profiled step in three, and of two in three."""
-    plain = {"momentum": 1.0, "newton_schulz": 3.0}
     for logged, found in ((1, False), (2, True)):
-        busy = [{**plain, "metrics": 5.0}] * logged + [plain] * (3 - logged)
-        steps = [summarize_step([rank_record(0, 2 + at, busy_ms=each)]) for at, each in enumerate(busy)]
-        assert ("metrics" in median_step(steps).busy_ms) == found
+        phases = [{**PHASES, "metrics": 5.0}] * logged + [PHASES] * (3 - logged)
+        steps = [summarize_step([rank_record(0, 2 + at, phases=each)]) for at, each in enumerate(phases)]
+        assert ("metrics_ms" in median_step(steps).spreads) == found
+
+
+def test_devices_of_a_step_by_hand() -> None:
+    """NVML knows two of three ranks' devices: power is their mean, the clock the lower one."""
+    hot = rank_record(2, 3, power_w=700.0, sm_clock_mhz=1200, throttled=("hardware thermal",))
+    got = summarize_step([rank_record(0, 3), rank_record(1, 3, power_w=500.0, sm_clock_mhz=1980), hot])
+    assert (got["power_w"], got.sm_clock_mhz) == (Spread(600.0, 700.0, 2), 1200)
+    assert got.throttled == ("rank 2: hardware thermal",)
+    found = scalars(median_step([got]))
+    assert (found["power_w_mean"], found["sm_clock_mhz_min"], found["throttled_ranks"]) == (600.0, 1200, 1)
 
 
 def test_events_of_a_gpu_are_brought_to_the_hosts_clock(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +249,7 @@ def test_records_survive_a_trace(tmp_path: Path) -> None:
     assert trace.records() == {2: rank_record(0, 2)} and not trace.broken
 
 
-class Ticks:
+class Ticks(HostClock):
     """A clock that advances by a millisecond at each mark; `on_host` as a GPU's."""
 
     on_host = False
@@ -290,8 +305,8 @@ def test_a_phase_within_another_is_not_counted_twice() -> None:
         ("metrics", 5, 6),
         ("momentum", 6, 7),
     ]
-    record = rank_step(found, [Duty("dense", 0, 0, 0, 0, 0)], step=1, rank=0, counted=(0, 0))
-    assert record.busy_ms == {"momentum": 3.0, "metrics": 2.0}
+    numbers = rank_step(found, KNOWN, {}, step=1, rank=0).numbers
+    assert (numbers["momentum_ms"], numbers["metrics_ms"]) == (3.0, 2.0)
 
 
 @pytest.mark.parametrize("width", [80, 100, 160])

@@ -23,9 +23,17 @@ from megatron_muon.exchange.phases import LABELS
 from megatron_muon.megatron.log.metrics_log import write_scalars, writers
 from megatron_muon.observe.nvml import Sample, between, open_current_device
 from megatron_muon.observe.timing.peaks import RunFacts, arithmetic_ceiling, link_ceiling
-from megatron_muon.observe.timing.ranks import Duty, RankStep, counted_bytes, rank_step
 from megatron_muon.observe.timing.recording import Recording, clock_for
-from megatron_muon.observe.timing.steps import StepSummary, median_step, scalars, summarize_step
+from megatron_muon.observe.timing.steps import (
+    RankStep,
+    StepSummary,
+    counted_bytes,
+    median_step,
+    planned_work,
+    rank_step,
+    scalars,
+    summarize_step,
+)
 from megatron_muon.observe.timing.table import log_width, problem_line, run_summary, step_table
 from megatron_muon.observe.timing.trace import TraceFile, file_name
 from megatron_muon.plan.links_file import MeasuredLinks, load_links
@@ -66,10 +74,9 @@ class Profiler:
         self._gpu, self._no_gpu = open_current_device()
         self._sample: Sample | None = None
         kinds = [optimizer_kind(optimizer) for optimizer in optimizers]
-        self._duties = [
-            Duty.of(kind, dist.get_process_group_ranks(optimizer.grid.group)[0], exchange)
-            for kind, optimizer, exchange in zip(kinds, optimizers, self._exchanges, strict=True)
-        ]
+        firsts = [dist.get_process_group_ranks(optimizer.grid.group)[0] for optimizer in optimizers]
+        self._groups = dict(zip(kinds, firsts, strict=True))
+        self._planned = planned_work(self._exchanges)
         self._kinds = kinds
         device = self._exchanges[0].device
         self._clock = clock_for(device)
@@ -152,17 +159,12 @@ class Profiler:
         for exchange in self._exchanges:
             exchange.watch = LABELS
         # The device has been waited for, so that what it did is counted.
-        sampled = between(self._sample, self._gpu.sample()) if self._gpu and self._sample else None
+        sampled, throttled = between(self._sample, self._gpu.sample()) if self._gpu and self._sample else ({}, ())
         before, now = self._counted, counted_bytes(self._exchanges)
-        record = rank_step(
-            recorded,
-            self._duties,
-            step=self.optimizers[0].optimizer.updates,
-            rank=self.rank,
-            counted=(now[0] - before[0], now[1] - before[1]),
-            param_gather_bytes=self._param_gather_bytes,
-            device=sampled,
-        )
+        counted = {"sent_bytes": now[0] - before[0], "team_bytes": now[1] - before[1]}
+        known = {**self._planned, **counted, **sampled, "param_gather_bytes": self._param_gather_bytes}
+        step = self.optimizers[0].optimizer.updates
+        record = rank_step(recorded, known, self._groups, step=step, rank=self.rank, throttled=throttled)
         gathered: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(gathered, record)
         # All ranks leave the all-gather at about the same time: clocks of different hosts are aligned by it.

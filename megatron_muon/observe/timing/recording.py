@@ -7,10 +7,10 @@ read after the step. Neither waits for anything during the step.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,38 +18,29 @@ from torch.profiler import record_function
 
 from megatron_muon.exchange.phases import Busy, Flight, label
 
+Interval = tuple[float, float]
+"""Begin and end, in seconds."""
 
-class Clock(Protocol):
-    """Where marks come from. A mark may be of any type.
+
+class HostClock:
+    """The monotonic clock, which no change of the system's time affects. A mark may be of any type.
 
     Attributes:
         on_host: Whether a mark is taken at once, in any thread, and touches no stream.
     """
 
-    on_host: bool
+    on_host = True
 
     def mark(self) -> Any:
         """Now; on a GPU, when the current stream gets here."""
-        ...
+        return time.perf_counter_ns()
 
     def read(self, marks: Sequence[Any]) -> list[int]:
         """The marks in nanoseconds of `time.perf_counter_ns`. Waits until all of them have passed."""
-        ...
-
-
-class HostClock:
-    """The monotonic clock, which no change of the system's time affects."""
-
-    on_host = True
-
-    def mark(self) -> int:
-        return time.perf_counter_ns()
-
-    def read(self, marks: Sequence[int]) -> list[int]:
         return list(marks)
 
 
-class CudaClock:
+class CudaClock(HostClock):
     """Events of the device, brought to the host's monotonic clock by one event that the host has waited for.
 
     Args:
@@ -75,7 +66,7 @@ class CudaClock:
         return [at - round(1e6 * mark.elapsed_time(anchor)) for mark in marks]
 
 
-def clock_for(device: torch.device) -> Clock:
+def clock_for(device: torch.device) -> HostClock:
     """The clock of what runs on a device."""
     return CudaClock(device) if device.type == "cuda" else HostClock()
 
@@ -128,7 +119,7 @@ class Recording:
         clock: Clock of the device that runs the step.
     """
 
-    clock: Clock
+    clock: HostClock
     _begin: Any = field(init=False)
     _busy: list[tuple[str, str, int | None, Any, Any]] = field(default_factory=list)
     _flights: list[_Flying] = field(default_factory=list)
@@ -225,3 +216,35 @@ class RecordingWatch:
         self, name: Flight, round_index: int, sent_bytes: int, issue: Callable[[], dist.Work | None]
     ) -> dist.Work | None:
         return self.recording.collective(name, round_index, sent_bytes, issue, self.kind)
+
+
+def hidden_share(in_flight: Iterable[Interval], waiting: Iterable[Interval]) -> float:
+    """The share of an exchange's time that its rank spent on other things than waiting for it.
+
+    Args:
+        in_flight: For each collective, from its issue to its completion. They may overlap.
+        waiting: When the rank stood still until a collective had completed. They may overlap.
+
+    Returns:
+        One minus the time in which both hold over the time in which anything is in flight: 1 if no time is lost.
+
+    Raises:
+        ValueError: If nothing was in flight.
+    """
+    flights, waits = union(in_flight), union(waiting)
+    total = sum(stop - start for start, stop in flights)
+    if total <= 0:
+        raise ValueError("hidden_share: got no collective that took time, expected at least one")
+    exposed = sum(max(min(a[1], b[1]) - max(a[0], b[0]), 0.0) for a in flights for b in waits)
+    return 1.0 - exposed / total
+
+
+def union(spans: Iterable[Interval]) -> list[Interval]:
+    """The same times as spans that do not overlap."""
+    out: list[Interval] = []
+    for start, stop in sorted(spans):
+        if out and start <= out[-1][1]:
+            out[-1] = (out[-1][0], max(out[-1][1], stop))
+        else:
+            out.append((start, stop))
+    return out

@@ -4,82 +4,44 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 from rich.console import Console
 
-from megatron_muon.exchange.phases import BUSY, FLIGHTS
+from megatron_muon.exchange.phases import FLIGHTS
 from megatron_muon.observe.console import PIPE_WIDTH, as_text, print_list, table
 from megatron_muon.observe.timing.findings import find
 from megatron_muon.observe.timing.peaks import Ceiling, RunFacts
-from megatron_muon.observe.timing.steps import Devices, Spread, StepSummary
+from megatron_muon.observe.timing.shown import SHOWN
+from megatron_muon.observe.timing.steps import StepSummary
 from megatron_muon.observe.units import amount, arithmetic, bandwidth, work
 
 COLUMNS = ("phase", "ms, mean", "slowest", "rank", "/ mean", "most on a rank", "rate", "share of peak")
 NUMBERS = COLUMNS[1:]
-LABELS: Mapping[str, str] = {
-    "newton_schulz": "Newton-Schulz",
-    "second_moment": "second moment",
-    "param_gather": "param gather",
-    "wait": "wait for exchange",
-    **{name: f"{name} (in flight)" for name in FLIGHTS},
-}
 
 
-@dataclass(frozen=True)
-class PhaseRow:
-    """A phase, or collectives in flight, in the table of a step.
-
-    Attributes:
-        name: One of `phases.BUSY` or `phases.FLIGHTS`, or `other`.
-        ms: Time.
-        work: What the busiest rank sends or computes; empty if that is not known.
-        rate: Rate of that.
-        share: Rate over the best one that is known.
-    """
-
-    name: str
-    ms: Spread
-    work: str = ""
-    rate: str = ""
-    share: str = ""
-
-    @property
-    def cells(self) -> tuple[str, ...]:
-        """As `COLUMNS`."""
-        ms = self.ms
-        numbers = (f"{ms.mean:.2f}", f"{ms.largest:.2f}", str(ms.rank), f"{ms.imbalance:.2f}")
-        return (LABELS.get(self.name, self.name), *numbers, self.work, self.rate, self.share)
+def phase_rows(summary: StepSummary, facts: RunFacts) -> dict[str, tuple[str, ...]]:
+    """Name -> cells as `COLUMNS`, for each phase that occurs and for collectives in flight, which come last."""
+    rows: dict[str, tuple[str, ...]] = {}
+    for name, phase in SHOWN.items():
+        ms = summary.spreads.get(f"{name}_ms")
+        if ms is not None:
+            numbers = (f"{ms.mean:.2f}", f"{ms.largest:.2f}", str(ms.rank), f"{ms.imbalance:.2f}")
+            rows[name] = (phase.label, *numbers, *_work(name, summary, facts))
+    return rows
 
 
-def phase_rows(summary: StepSummary, facts: RunFacts) -> list[PhaseRow]:
-    """A row for each phase that occurs; collectives in flight overlap with the phases and come last."""
-    out = [_row(name, summary.busy_ms[name], summary, facts) for name in BUSY if name in summary.busy_ms]
-    out.append(PhaseRow("other", summary.other_ms))
-    return out + [_row(name, wire.ms, summary, facts) for name, wire in summary.wires.items()]
-
-
-def _row(name: str, ms: Spread, summary: StepSummary, facts: RunFacts) -> PhaseRow:
-    if name in FLIGHTS:
-        wire = summary.wires[name]
-        rate = wire.bytes_per_s
-        return PhaseRow(name, ms, amount(wire.sent_bytes.largest), _rate(rate), _share(rate, facts.link))
+def _work(name: str, summary: StepSummary, facts: RunFacts) -> tuple[str, str, str]:
+    """What the busiest rank sends or computes, the rate of that, and its share of the best one that is known."""
+    rate = summary.rates.get(name, 0.0)
     if name == "newton_schulz":
-        rate = summary.ns_flops_per_s
-        return PhaseRow(
-            name, ms, work(summary.ns_flops.largest), arithmetic(rate) if rate else "", _share(rate, facts.flops)
-        )
+        return work(summary["ns_flops"].largest), arithmetic(rate) if rate else "", _share(rate, facts.flops)
     if name == "teams":
-        return PhaseRow(name, ms, amount(summary.team_bytes.largest), arithmetic(summary.team_flops_per_s))
-    if name == "param_gather":
-        rate = summary.param_gather_bytes_per_s
-        return PhaseRow(name, ms, "", _rate(rate), _share(rate, facts.link))
-    return PhaseRow(name, ms)
-
-
-def _rate(bytes_per_s: float) -> str:
-    return bandwidth(bytes_per_s) if bytes_per_s > 0 else ""
+        return amount(summary["team_bytes"].largest), arithmetic(rate), ""
+    if name in FLIGHTS or name == "param_gather":
+        sent = amount(summary[f"{name}_bytes"].largest) if name in FLIGHTS else ""
+        return sent, bandwidth(rate) if rate else "", _share(rate, facts.link)
+    return "", "", ""
 
 
 def _share(rate: float, ceiling: Ceiling) -> str:
@@ -90,28 +52,23 @@ def _share(rate: float, ceiling: Ceiling) -> str:
 def step_title(summary: StepSummary) -> str:
     """What the table of a step is about."""
     what = f"step {summary.step}" if summary.steps == 1 else f"median of {summary.steps} steps"
-    return f"Optimizer step, {what}: {summary.wall_ms.largest:.1f} ms on the slowest of {summary.ranks} ranks"
+    return f"Optimizer step, {what}: {summary['wall_ms'].largest:.1f} ms on the slowest of {summary.ranks} ranks"
 
 
 def step_notes(summary: StepSummary) -> list[str]:
     """What a step sent, hid and was planned to do, and what NVML counted."""
-    notes = [f"sent {amount(summary.sent_bytes.mean)} a rank, {amount(summary.sent_bytes.largest)} at most"]
+    sent, flops = summary["sent_bytes"], summary["ns_flops"]
+    notes = [f"sent {amount(sent.mean)} a rank, {amount(sent.largest)} at most"]
     if summary.hidden_share is not None:
         notes.append(f"{summary.hidden_share:.0%} of the exchange hidden")
-    notes.append(f"plan's FLOPs: {summary.ns_flops.imbalance:.2f} of their mean on rank {summary.ns_flops.rank}")
-    notes.append("bytes as planned" if not summary.unplanned_bytes else f"{summary.unplanned_bytes} BYTES UNPLANNED")
-    return [*notes, *_device_notes(summary.devices)]
-
-
-def _device_notes(devices: Devices | None) -> list[str]:
-    if devices is None:
-        return []
-    notes = []
-    if devices.power_w is not None:
-        notes.append(f"{devices.power_w.mean:.0f} W a GPU")
-    if devices.sm_clock_mhz is not None:
-        notes.append(f"SM clocks from {devices.sm_clock_mhz:.0f} MHz")
-    return notes + [f"SLOWED DOWN {entry}" for entry in devices.throttled]
+    notes.append(f"plan's FLOPs: {flops.imbalance:.2f} of their mean on rank {flops.rank}")
+    unplanned = summary.unplanned_bytes
+    notes.append(f"{unplanned:.0f} BYTES UNPLANNED" if unplanned else "bytes as planned")
+    if "power_w" in summary.spreads:
+        notes.append(f"{summary['power_w'].mean:.0f} W a GPU")
+    if summary.sm_clock_mhz is not None:
+        notes.append(f"SM clocks from {summary.sm_clock_mhz:.0f} MHz")
+    return notes + [f"SLOWED DOWN {entry}" for entry in summary.throttled]
 
 
 def log_width() -> int:
@@ -123,7 +80,7 @@ def step_table(summary: StepSummary, facts: RunFacts, width: int) -> str:
     """A step, or the median of several."""
 
     def show(to: Console) -> None:
-        cells = [row.cells for row in phase_rows(summary, facts)]
+        cells = phase_rows(summary, facts).values()
         to.print(table(COLUMNS, cells, title=step_title(summary), numbers=NUMBERS))
         print_list(to, ["; ".join(step_notes(summary))])
 
@@ -132,9 +89,13 @@ def step_table(summary: StepSummary, facts: RunFacts, width: int) -> str:
 
 def run_summary(summary: StepSummary, facts: RunFacts, width: int) -> str:
     """A run's profiled steps: the table of their median, the bottleneck, and the flag that would help."""
+    return step_table(summary, facts, width) + as_text(lambda to: print_list(to, found_lines(summary, facts)), width)
+
+
+def found_lines(summary: StepSummary, facts: RunFacts) -> list[str]:
+    """What `find` finds, as sentences, the bottleneck first."""
     first, *rest = find(summary, facts)
-    found = [f"Bottleneck: {first}", *(f"Also: {finding}" for finding in rest)]
-    return step_table(summary, facts, width) + as_text(lambda to: print_list(to, found), width)
+    return [f"Bottleneck: {first}", *(f"Also: {finding}" for finding in rest)]
 
 
 def problem_line(problems: Sequence[str]) -> str:

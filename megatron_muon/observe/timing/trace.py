@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_muon.observe.timing.ranks import RankStep
 from megatron_muon.observe.timing.recording import Recorded, Span
+from megatron_muon.observe.timing.steps import RankStep
 
 PATTERN = "trace.rank*.json"
 # A viewer cannot show much more, and a run may have a million steps.
