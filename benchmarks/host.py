@@ -39,8 +39,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_muon.config import MuonConfig
-from megatron_muon.estimate.estimates import distinct_stages, stage_kinds, stage_plans
-from megatron_muon.estimate.schemes import PlanSettings
+from megatron_muon.estimate.groups import PlanSettings, distinct_stages, matrix_groups, stage_plans
 from megatron_muon.estimate.shapes import load_model
 from megatron_muon.estimate.stages import Layout
 from megatron_muon.optimizer import sharded_muon
@@ -89,12 +88,12 @@ def parts_of(name: str, muon: MuonConfig, busiest_by: str = "pieces") -> list[Pa
     model_name, layout = RUNS[name]
     model, settings = load_model(model_name), PlanSettings(muon=muon)
     (layers, bucket_size), _ = next(iter(distinct_stages(model, layout, settings).items()))
-    kinds = stage_plans(stage_kinds(layers, layout, settings), settings, bucket_size)
+    groups = matrix_groups(layers, layout, settings, bucket_size)
     handled: Counter[int] = Counter()
     everywhere: dict[int, list[Part]] = {}
-    for grid, _, plans in kinds:
+    for group, plans in zip(groups, stage_plans(groups), strict=True):
         for ep_rank, plan in enumerate(plans):
-            at = tuple(grid.places(ep_rank).tolist())
+            at = tuple(group.grid.places(ep_rank).tolist())
             if busiest_by == "flops":
                 handled.update(dict(zip(at, plan.rank_flops, strict=True)))
             else:
@@ -102,7 +101,7 @@ def parts_of(name: str, muon: MuonConfig, busiest_by: str = "pieces") -> list[Pa
                     handled.update(at[s.rank] for s in m.slices)
                 handled.update(at[plan.owner(item)] for item in plan.all_items())
             for rank, stage_rank in enumerate(at):
-                part = Part("experts" if grid.expert else "dense", plan, rank, at)
+                part = Part("experts" if group.grid.expert else "dense", plan, rank, at)
                 everywhere.setdefault(stage_rank, []).append(part)
     busiest = max(handled, key=lambda rank: (handled[rank], -rank))
     return everywhere[busiest]

@@ -25,8 +25,8 @@ from megatron_muon.estimate.estimates import (
     estimate_model,
     mean,
 )
+from megatron_muon.estimate.groups import PlanSettings
 from megatron_muon.estimate.models import BUILT_IN
-from megatron_muon.estimate.schemes import PARAM_BYTES, PlanSettings
 from megatron_muon.estimate.shapes import load_model
 from megatron_muon.estimate.stages import Layout
 
@@ -130,11 +130,11 @@ def _measures(stage: StageEstimate, scheme: str, settings: PlanSettings) -> dict
     estimate = stage.schemes[scheme]
     if estimate is None:
         return None
-    buffer_numel = estimate.buffer_bytes / (settings.grad_bytes + PARAM_BYTES)
+    buffer_numel = estimate.buffer_bytes / settings.buffer_bytes
     # Without data parallelism AdamW sends nothing, and there is no share of nothing.
     adamw = stage.adamw_bytes
     return {
-        "max_over_ideal": estimate.flops_max / stage.ideal_flops,
+        "max_over_ideal": max(estimate.flops) / stage.ideal_flops,
         "busiest_over_ideal": estimate.busiest / stage.ideal_flops,
         "padding": buffer_numel / sum(stage.param_numel) - 1.0,
         "sent_over_adamw_mean": mean(estimate.sent_bytes) / adamw if adamw else None,

@@ -1,5 +1,5 @@
-"""What a step of Muon costs under a parallel layout, told from shapes alone: `python -m megatron_muon plan`.
+"""What a step of Muon costs under a parallel layout, from shapes alone: `python -m megatron_muon plan`.
 
-`estimate_model` makes the estimates, `plan_table` compares layouts of many sizes. The matrices, their slices and the
-ownership plan are those of the plugin; buffers are laid out by Megatron-Core's own functions.
+In: a model's shapes, a layout and settings. Out: for each pipeline stage, what three schemes ask of a rank. Matrices,
+slices and plans are the plugin's own; buffers follow Megatron-Core's rules. Imports neither torch nor Megatron.
 """

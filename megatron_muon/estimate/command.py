@@ -117,7 +117,7 @@ def _plan(args: argparse.Namespace) -> ModelEstimate:
         layers_per_stage=_layers_per_stage(args.layers_per_stage),
     )
     from megatron_muon.estimate.estimates import estimate_model
-    from megatron_muon.estimate.schemes import PlanSettings
+    from megatron_muon.estimate.groups import PlanSettings
 
     settings = PlanSettings(
         muon=muon,

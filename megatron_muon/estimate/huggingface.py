@@ -10,7 +10,7 @@ from megatron_muon.matrices.fused import WHOLE, FusedQkv, GatedMlp, LatentDown, 
 
 
 class _Config:
-    """Checked access to a config's fields."""
+    """A config.json with fields that are checked when they are read."""
 
     def __init__(self, name: str, fields: Mapping[str, Any]) -> None:
         self.name = name
@@ -20,7 +20,7 @@ class _Config:
         """A positive integer.
 
         Raises:
-            ValueError: If the field is missing without a default, or is none.
+            ValueError: If the field is missing and has no default, or its value is no positive integer.
         """
         value = self._fields.get(field, default)
         if value is None and field not in self._fields:
@@ -46,10 +46,10 @@ def model_from_config(name: str, fields: Mapping[str, Any], source: str) -> Mode
     Args:
         name: For reports and messages.
         fields: The content of config.json.
-        source: Where it is from.
+        source: Where the config is published.
 
     Raises:
-        ValueError: If the architecture is not known here, or a field is missing or bad.
+        ValueError: If the architecture is not supported, or a field is missing or invalid.
     """
     model_type = fields.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
@@ -66,7 +66,7 @@ def model_from_config(name: str, fields: Mapping[str, Any], source: str) -> Mode
 
 
 def _grouped_attention(config: _Config, *, head_norms: bool) -> tuple[Layer, int]:
-    """Grouped-query attention, and the parameters of its norms. Order: Megatron makes the projection first."""
+    """Grouped-query attention, and the number of its norms' parameters. The output projection comes first."""
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     groups = config.size("num_key_value_heads", heads)
     dim = config.size("head_dim", hidden // heads)
@@ -87,7 +87,7 @@ def _grouped_attention(config: _Config, *, head_norms: bool) -> tuple[Layer, int
 
 
 def _latent_attention(config: _Config) -> tuple[Layer, int]:
-    """Multi-head latent attention (MLA), and the parameters of its norms."""
+    """Multi-head latent attention (MLA), and the number of its norms' parameters."""
     hidden, heads = config.size("hidden_size"), config.size("num_attention_heads")
     nope, rope = config.size("qk_nope_head_dim"), config.size("qk_rope_head_dim")
     value, kv_rank, q_rank = config.size("v_head_dim"), config.size("kv_lora_rank"), config.count("q_lora_rank")
@@ -125,41 +125,48 @@ def _moe(hidden: int, ffn: int, experts: int, shared_ffn: int) -> Layer:
     return (router, *_gated_mlp("mlp.experts", hidden, ffn, experts), *shared)
 
 
-def _dense(config: _Config, *, head_norms: bool) -> tuple[tuple[Layer, ...], int]:
+def _transformer(
+    config: _Config,
+    attention: tuple[Layer, int],
+    experts: Layer = (),
+    is_dense: Callable[[int], bool] = lambda index: True,
+) -> tuple[tuple[Layer, ...], int]:
+    """All layers, and the number of their norms' parameters.
+
+    Args:
+        config: The config.
+        attention: Matrices of a layer's attention, and the number of its norms' parameters.
+        experts: Matrices of a mixture of experts.
+        is_dense: Whether the layer of an index has an MLP in place of the experts.
+    """
     hidden, num_layers = config.size("hidden_size"), config.size("num_hidden_layers")
-    attention, norms = _grouped_attention(config, head_norms=head_norms)
-    layer = attention + _gated_mlp("mlp", hidden, config.size("intermediate_size"))
-    return (layer,) * num_layers, num_layers * (norms + 2 * hidden)
+    matrices, norms = attention
+    dense = matrices + _gated_mlp("mlp", hidden, config.size("intermediate_size"))
+    layers = tuple(dense if is_dense(index) else matrices + experts for index in range(num_layers))
+    return layers, num_layers * (norms + 2 * hidden)
 
 
 def _llama(config: _Config) -> tuple[tuple[Layer, ...], int]:
-    return _dense(config, head_norms=False)
+    return _transformer(config, _grouped_attention(config, head_norms=False))
 
 
 def _qwen3(config: _Config) -> tuple[tuple[Layer, ...], int]:
-    return _dense(config, head_norms=True)
+    return _transformer(config, _grouped_attention(config, head_norms=True))
 
 
 def _qwen3_moe(config: _Config) -> tuple[tuple[Layer, ...], int]:
-    hidden, num_layers = config.size("hidden_size"), config.size("num_hidden_layers")
-    attention, norms = _grouped_attention(config, head_norms=True)
-    sparse = attention + _moe(hidden, config.size("moe_intermediate_size"), config.size("num_experts"), 0)
-    dense = attention + _gated_mlp("mlp", hidden, config.size("intermediate_size"))
+    experts = _moe(config.size("hidden_size"), config.size("moe_intermediate_size"), config.size("num_experts"), 0)
     step, only_dense = config.size("decoder_sparse_step", 1), set(config.get("mlp_only_layers", ()))
-    layers = tuple(dense if index in only_dense or (index + 1) % step else sparse for index in range(num_layers))
-    return layers, num_layers * (norms + 2 * hidden)
+    attention = _grouped_attention(config, head_norms=True)
+    return _transformer(config, attention, experts, lambda index: index in only_dense or (index + 1) % step > 0)
 
 
 def _deepseek_v3(config: _Config) -> tuple[tuple[Layer, ...], int]:
-    hidden, num_layers = config.size("hidden_size"), config.size("num_hidden_layers")
-    attention, norms = _latent_attention(config)
     ffn = config.size("moe_intermediate_size")
     shared_ffn = ffn * config.count("n_shared_experts")
-    sparse = attention + _moe(hidden, ffn, config.size("n_routed_experts"), shared_ffn)
-    dense = attention + _gated_mlp("mlp", hidden, config.size("intermediate_size"))
+    experts = _moe(config.size("hidden_size"), ffn, config.size("n_routed_experts"), shared_ffn)
     first, step = config.count("first_k_dense_replace"), config.size("moe_layer_freq", 1)
-    layers = tuple(dense if index < first or index % step else sparse for index in range(num_layers))
-    return layers, num_layers * (norms + 2 * hidden)
+    return _transformer(config, _latent_attention(config), experts, lambda index: index < first or index % step > 0)
 
 
 ARCHITECTURES: Mapping[str, Callable[[_Config], tuple[tuple[Layer, ...], int]]] = {

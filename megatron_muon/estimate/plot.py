@@ -56,9 +56,9 @@ def _chosen(plan: ModelEstimate) -> list[StageEstimate]:
 def _draw(axes: Any, stage: StageEstimate, ranks: int) -> None:
     before = UPSTREAM if stage.schemes[UPSTREAM] is not None else MOONLIGHT
     for scheme, color in ((before, "#d1495b"), (OURS, "#00798c")):
-        estimate = stage.schemes[scheme]
-        assert estimate is not None
-        load = sorted((f / stage.ideal_flops for f in estimate.flops), reverse=True)
+        demand = stage.schemes[scheme]
+        assert demand is not None
+        load = sorted((f / stage.ideal_flops for f in demand.flops), reverse=True)
         label = f"{'before' if scheme == before else 'after'}: {TITLES[scheme]}, at most {load[0]:.2f}"
         # What both fill would mix to grey: only the first is filled.
         axes.stairs(load, fill=scheme == before, alpha=0.3 if scheme == before else 1.0, color=color, label=label)

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-from megatron_muon.estimate.estimates import (
-    MOONLIGHT,
-    OURS,
-    SCHEMES,
-    UPSTREAM,
-    ModelEstimate,
-    SchemeEstimate,
-    StageEstimate,
-    mean,
-)
-from megatron_muon.estimate.schemes import PlanSettings
-from megatron_muon.estimate.transfer_times import exchange_ms
+from megatron_muon.estimate.collectives import exchange_ms
+from megatron_muon.estimate.estimates import MOONLIGHT, OURS, SCHEMES, UPSTREAM, ModelEstimate, StageEstimate, mean
+from megatron_muon.estimate.groups import PlanSettings
+from megatron_muon.estimate.schemes import PER_RANK, SchemeDemand
 from megatron_muon.observe import units
 from megatron_muon.observe.console import print_list, table
 from megatron_muon.plan.machines import (
@@ -73,34 +65,49 @@ def _stage_title(plan: ModelEstimate, stage: StageEstimate) -> str:
     )
 
 
+class _Measure(NamedTuple):
+    """A line of the first table: its label, the unit with its factor, and the value; None where there is none."""
+
+    label: str
+    unit: str
+    scale: float
+    value: Callable[[StageEstimate, SchemeDemand], float | None]
+
+
+_MEASURES = (
+    _Measure("Newton-Schulz, busiest rank", "TFLOP", 1e12, lambda _, demand: max(demand.flops)),
+    _Measure("Newton-Schulz, mean", "TFLOP", 1e12, lambda _, demand: mean(demand.flops)),
+    _Measure("Newton-Schulz, ideal", "TFLOP", 1e12, lambda stage, _: stage.ideal_flops),
+    _Measure("busiest / ideal", "", 1, lambda stage, demand: max(demand.flops) / stage.ideal_flops),
+    _Measure("busiest / ideal with messages of teams", "", 1, lambda stage, demand: demand.busiest / stage.ideal_flops),
+    _Measure("sent beyond AdamW, mean", "MB", 1e6, lambda _, demand: mean(demand.sent_bytes)),
+    _Measure("sent beyond AdamW, busiest rank", "MB", 1e6, lambda _, demand: max(demand.sent_bytes)),
+    _Measure(
+        "the same over what AdamW sends",
+        "%",
+        0.01,
+        lambda stage, demand: max(demand.sent_bytes) / stage.adamw_bytes if stage.adamw_bytes else None,
+    ),
+    _Measure("sent within teams, busiest rank", "MB", 1e6, lambda _, demand: max(demand.team_bytes)),
+    _Measure("collectives beyond AdamW's", "", 1, lambda _, demand: demand.num_collectives),
+    _Measure("momentum, largest", "MB", 1e6, lambda _, demand: max(demand.momentum_bytes)),
+    _Measure("momentum, mean", "MB", 1e6, lambda _, demand: mean(demand.momentum_bytes)),
+    _Measure("exchange buffers, largest", "MB", 1e6, lambda _, demand: max(demand.exchange_buffer_bytes)),
+    _Measure("gradient and parameter buffers", "MB", 1e6, lambda _, demand: demand.buffer_bytes),
+    _Measure("padding, dense", "%", 0.01, lambda _, demand: demand.padding[0]),
+    _Measure("padding, expert", "%", 0.01, lambda _, demand: demand.padding[1]),
+)
+
+
 def _demands(stage: StageEstimate) -> Table:
-    """What a rank has to do, send and store: a line for each measure, a column for each scheme."""
-    estimates = [stage.schemes[scheme] for scheme in SCHEMES]
-    adamw = stage.adamw_bytes
+    """What a rank has to do, send and store: a line for each measure that exists, a column for each scheme."""
     rows: list[list[object]] = []
-
-    def add(label: str, unit: str, scale: float, value: Callable[[SchemeEstimate], float | None]) -> None:
-        values = [None if e is None else value(e) for e in estimates]
-        rows.append([label, unit, *(None if v is None else _number(v / scale) for v in values)])
-
-    add("Newton-Schulz, busiest rank", "TFLOP", 1e12, lambda e: e.flops_max)
-    add("Newton-Schulz, mean", "TFLOP", 1e12, lambda e: e.flops_mean)
-    add("Newton-Schulz, ideal", "TFLOP", 1e12, lambda e: stage.ideal_flops)
-    add("busiest / ideal", "", 1, lambda e: e.flops_max / stage.ideal_flops)
-    add("busiest / ideal with messages of teams", "", 1, lambda e: e.busiest / stage.ideal_flops)
-    add("sent beyond AdamW, mean", "MB", 1e6, lambda e: mean(e.sent_bytes))
-    add("sent beyond AdamW, busiest rank", "MB", 1e6, lambda e: max(e.sent_bytes))
-    if adamw:
-        add("the same over what AdamW sends", "%", 0.01, lambda e: max(e.sent_bytes) / adamw)
-    add("sent within teams, busiest rank", "MB", 1e6, lambda e: max(e.team_bytes))
-    add("collectives beyond AdamW's", "", 1, lambda e: e.num_collectives)
-    add("momentum, largest", "MB", 1e6, lambda e: max(e.momentum_bytes))
-    add("momentum, mean", "MB", 1e6, lambda e: mean(e.momentum_bytes))
-    add("exchange buffers, largest", "MB", 1e6, lambda e: max(e.exchange_buffer_bytes))
-    add("gradient and parameter buffers", "MB", 1e6, lambda e: e.buffer_bytes)
-    for index, kind in enumerate(("dense", "expert")):
-        if stage.param_numel[index]:
-            add(f"padding, {kind}", "%", 0.01, lambda e, index=index: e.padding[index])  # type: ignore[misc]
+    for measure in _MEASURES:
+        demands = (stage.schemes[scheme] for scheme in SCHEMES)
+        values = [None if demand is None else measure.value(stage, demand) for demand in demands]
+        if values != [None] * len(values):
+            cells = (None if value is None else _number(value / measure.scale) for value in values)
+            rows.append([measure.label, measure.unit, *cells])
     return table(("per rank and step", "unit", *_COLUMNS), rows, numbers=_COLUMNS)
 
 
@@ -117,12 +124,12 @@ def _times(stage: StageEstimate, settings: PlanSettings) -> Table:
     return table(("predicted ms on", "", *columns), rows, numbers=columns)
 
 
-def _predicted(gpu: GpuModel, estimate: SchemeEstimate, settings: PlanSettings) -> dict[str, float]:
+def _predicted(gpu: GpuModel, demand: SchemeDemand, settings: PlanSettings) -> dict[str, float]:
     """Milliseconds of each part of a step, as if nothing overlapped."""
     return {
-        "exchange": exchange_ms(gpu, estimate.collectives, settings.rates, settings.links),
-        "Newton-Schulz": gpu.newton_schulz_ms(estimate.flops_max),
-        "memory": gpu.memory_ms(max(estimate.memory_traffic_bytes)),
+        "exchange": exchange_ms(gpu, demand.collectives, settings.rates, settings.links),
+        "Newton-Schulz": gpu.newton_schulz_ms(max(demand.flops)),
+        "memory": gpu.memory_ms(max(demand.memory_traffic_bytes)),
     }
 
 
@@ -169,11 +176,7 @@ def estimate_to_json(plan: ModelEstimate) -> dict[str, Any]:
             "numel": plan.model.numel,
             "muon_numel": plan.model.matrix_numel,
         },
-        "layout": {
-            **layout.sizes,
-            "expert_dp": layout.expert_dp,
-            "instances": layout.instances,
-        },
+        "layout": {**layout.sizes, "expert_dp": layout.expert_dp, "instances": layout.instances},
         "settings": {
             "ns_steps": settings.muon.ns_steps,
             "exchange_dtype": settings.muon.exchange_dtype,
@@ -189,16 +192,7 @@ def estimate_to_json(plan: ModelEstimate) -> dict[str, Any]:
             "links": None if settings.links is None else settings.links.to_json(),
             "planner": asdict(settings.rates),
             "gpus_per_node": GPUS_PER_NODE,
-            "machines": {
-                m.name: {
-                    "nvlink_bytes_per_s": m.nvlink_bytes_per_s,
-                    "network_bytes_per_s": m.network_bytes_per_s,
-                    "bf16_flops_per_s": m.bf16_flops_per_s,
-                    "memory_bytes_per_s": m.memory_bytes_per_s,
-                    "source": m.source,
-                }
-                for m in GPU_MODELS
-            },
+            "machines": {gpu.name: {k: v for k, v in asdict(gpu).items() if k != "name"} for gpu in GPU_MODELS},
         },
         "notes": list(plan.notes),
         "stages": [_stage_to_json(plan, stage) for stage in plan.stages],
@@ -220,28 +214,24 @@ def _stage_to_json(plan: ModelEstimate, stage: StageEstimate) -> dict[str, Any]:
     }
 
 
-def _scheme_to_json(settings: PlanSettings, stage: StageEstimate, estimate: SchemeEstimate) -> dict[str, Any]:
+def _scheme_to_json(settings: PlanSettings, stage: StageEstimate, demand: SchemeDemand) -> dict[str, Any]:
+    flops = demand.flops
     return {
         "flops": {
-            "max": estimate.flops_max,
-            "mean": estimate.flops_mean,
-            "max_over_ideal": estimate.flops_max / stage.ideal_flops,
-            "busiest_over_ideal": estimate.busiest / stage.ideal_flops,
+            "max": max(flops),
+            "mean": mean(flops),
+            "max_over_ideal": max(flops) / stage.ideal_flops,
+            "busiest_over_ideal": demand.busiest / stage.ideal_flops,
         },
-        "sent_bytes": _range(estimate.sent_bytes),
-        "team_bytes": _range(estimate.team_bytes),
-        "momentum_bytes": _range(estimate.momentum_bytes),
-        "exchange_buffer_bytes": _range(estimate.exchange_buffer_bytes),
-        "memory_traffic_bytes": _range(estimate.memory_traffic_bytes),
-        "buffer_bytes": estimate.buffer_bytes,
-        "collectives": estimate.num_collectives,
-        "padding": {"dense": estimate.padding[0], "expert": estimate.padding[1]},
-        "predicted_ms": {m.name: _json_times(_predicted(m, estimate, settings)) for m in GPU_MODELS},
+        **{name: _range(getattr(demand, name)) for name in PER_RANK if name != "flops"},
+        "buffer_bytes": demand.buffer_bytes,
+        "collectives": demand.num_collectives,
+        "padding": {"dense": demand.padding[0], "expert": demand.padding[1]},
+        "predicted_ms": {
+            gpu.name: {part.lower().replace("-", "_"): ms for part, ms in _predicted(gpu, demand, settings).items()}
+            for gpu in GPU_MODELS
+        },
     }
-
-
-def _json_times(times: dict[str, float]) -> dict[str, float]:
-    return {name.lower().replace("-", "_"): milliseconds for name, milliseconds in times.items()}
 
 
 def _range(values: Sequence[float]) -> dict[str, float]:

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from megatron_muon.config import MuonConfig
-from megatron_muon.estimate.buffers import Buffer, distributed_buffer, layer_wise_buffer, sharded_matrices
-from megatron_muon.estimate.stages import GroupShape, TransformerImpl
-from megatron_muon.estimate.transfer_times import CollectiveBytes, all_to_all, ring
+from megatron_muon.estimate.buffers import Buffer, layer_wise_buffer
+from megatron_muon.estimate.collectives import CollectiveBytes, all_to_all, ring
+from megatron_muon.estimate.groups import PARAM_BYTES, MatrixGroup
+from megatron_muon.estimate.stages import GroupShape
 from megatron_muon.matrices.spec import MatrixSpec
 from megatron_muon.newton_schulz.names import DTYPE_BYTES
-from megatron_muon.plan.build import CostModel, OwnershipPlan, PlanOptions, build_plan
-from megatron_muon.plan.cost_model import alone_flops
-from megatron_muon.plan.links_file import MeasuredLinks
-from megatron_muon.plan.machines import GPUS_PER_NODE
+from megatron_muon.plan.build import OwnershipPlan
 from megatron_muon.plan.wire import SCRATCH_SHARE, Wire
 
 MOMENTUM_BYTES = 4
-PARAM_BYTES = 2
 
 # Bytes that element-wise kernels read and write in memory, for each element:
 # m = momentum * m + g, then u = g + momentum * m: each reads two fp32 values and writes one.
@@ -34,239 +30,175 @@ _OWNER_TRAFFIC = 8
 _WEIGHT_TRAFFIC = 16
 
 
-@dataclass(frozen=True, kw_only=True)
-class PlanSettings:
-    """What an estimate depends on, besides the model and the layout.
-
-    Attributes:
-        muon: Muon's settings.
-        impl: Megatron's `--transformer-impl`.
-        overlap_grad_reduce: Megatron's flag of this name; without it a buffer is one bucket.
-        bucket_size: Megatron's `--ddp-bucket-size`, in elements; None takes its rule.
-        grad_bytes: Bytes of a gradient element on the wire and in its buffer: 4, or 2 with `--grad-reduce-in-bf16`.
-        links: Measured figures; None: data sheets for predictions and conservative defaults for the planner.
-        device_type: `torch.device.type` of the ranks.
-        gpus_per_node: Consecutive global ranks that share a node.
-        cost: Rates by which the planner decides which ranks share a matrix; None: from `device_type` and `links`.
-
-    Raises:
-        ValueError: If a value is invalid.
-    """
-
-    muon: MuonConfig = field(default_factory=MuonConfig)
-    impl: TransformerImpl = "transformer_engine"
-    overlap_grad_reduce: bool = True
-    bucket_size: int | None = None
-    grad_bytes: int = 4
-    links: MeasuredLinks | None = None
-    device_type: str = "cuda"
-    gpus_per_node: int = GPUS_PER_NODE
-    cost: CostModel | None = None
-
-    def __post_init__(self) -> None:
-        if self.bucket_size is not None and self.bucket_size < 1:
-            raise ValueError(f"bucket size: got {self.bucket_size}, expected a positive number of elements")
-        if self.grad_bytes not in (2, 4):
-            raise ValueError(f"grad_bytes: got {self.grad_bytes}, expected 2 or 4")
-        if self.gpus_per_node < 1:
-            raise ValueError(f"gpus_per_node: got {self.gpus_per_node}, expected a positive number")
-
-    @property
-    def rates(self) -> CostModel:
-        """The planner's rates."""
-        return self.cost or CostModel.for_device(self.device_type, self.links)
-
-    @property
-    def adamw_bytes(self) -> int:
-        """Bytes per parameter of AdamW's reduce-scatter of gradients and all-gather of bf16 parameters."""
-        return self.grad_bytes + PARAM_BYTES
-
-
 @dataclass(frozen=True)
-class GroupLoad:
-    """What one scheme asks of the ranks of a group in a step. Arrays have an entry for each rank of the group.
+class SchemeDemand:
+    """What a scheme asks of the ranks of a group, or of a stage within one optimizer instance, in a step.
 
     Attributes:
-        flops: Newton-Schulz FLOPs.
-        sent_bytes: Bytes sent beyond AdamW's reduce-scatter and all-gather of the same parameters.
-        team_bytes: Bytes sent besides to the ranks that orthogonalize a matrix together.
-        momentum_bytes: Size of the momentum.
-        exchange_buffer_bytes: Persistent buffers of the exchange.
-        memory_traffic_bytes: Bytes that element-wise kernels, copies and the gather of parameters read and write.
-        buffer: Layout of the gradient and parameter buffers.
+        flops: Newton-Schulz FLOPs of each rank.
+        sent_bytes: Bytes that each rank sends beyond AdamW's reduce-scatter and all-gather of the same parameters.
+        team_bytes: Bytes that each rank sends besides to the ranks that orthogonalize a matrix with it.
+        momentum_bytes: Size of each rank's momentum.
+        exchange_buffer_bytes: Size of each rank's persistent buffers of the exchange.
+        memory_traffic_bytes: Bytes that each rank's element-wise kernels, copies and gather of parameters read and
+            write.
+        buffer_bytes: Size of the gradient and parameter buffers of Muon's parameters, the same on each rank.
+        padding: Padding of the dense and of the expert buffer over their parameters; None where there are none.
         collectives: What the scheme adds to AdamW's collectives, one after the other.
+        busiest: FLOPs of the busiest rank, with what it could compute while its teams talk, as the planner counts it.
     """
 
-    flops: NDArray[np.float64]
-    sent_bytes: NDArray[np.float64]
-    team_bytes: NDArray[np.float64]
-    momentum_bytes: NDArray[np.float64]
-    exchange_buffer_bytes: NDArray[np.float64]
-    memory_traffic_bytes: NDArray[np.float64]
-    buffer: Buffer
+    flops: tuple[float, ...]
+    sent_bytes: tuple[float, ...]
+    team_bytes: tuple[float, ...]
+    momentum_bytes: tuple[float, ...]
+    exchange_buffer_bytes: tuple[float, ...]
+    memory_traffic_bytes: tuple[float, ...]
+    buffer_bytes: int
+    padding: tuple[float | None, float | None]
     collectives: tuple[CollectiveBytes, ...]
+    busiest: float
+
+    @property
+    def num_collectives(self) -> int:
+        """Collectives that the scheme adds in a step."""
+        return sum(c.issued for c in self.collectives)
 
 
-def matrix_flops(spec: MatrixSpec, settings: PlanSettings) -> int:
-    """Newton-Schulz FLOPs of a parameter's logical matrices, each once and by one rank: what `build_plan` counts."""
-    muon, device_type = settings.muon, settings.rates.device_type
-    shapes = map(spec.logical_shape, range(len(spec.parts)))
-    return sum(alone_flops(*shape, muon.ns_steps, muon.ns_dtype, device_type, muon.ns_method) for shape in shapes)
+PER_RANK = (
+    "flops",
+    "sent_bytes",
+    "team_bytes",
+    "momentum_bytes",
+    "exchange_buffer_bytes",
+    "memory_traffic_bytes",
+)
+"""The fields of `SchemeDemand` that have an entry for each rank."""
 
 
-def adamw_sent_bytes(numel: int, grid: GroupShape, settings: PlanSettings) -> float:
-    """Bytes that a rank sends in the reduce-scatter and all-gather of `numel` parameters."""
-    return settings.adamw_bytes * numel * (grid.dp - 1) / grid.dp
-
-
-def ownership_plan(
-    specs: Sequence[MatrixSpec],
-    grid: GroupShape,
-    settings: PlanSettings,
-    bucket_size: int | None,
-    initial_loads: Sequence[float] | None = None,
-    ep_rank: int = 0,
-    max_team_size: int | None = None,
-) -> tuple[Buffer, OwnershipPlan]:
-    """The buffer of a group's matrices, and the plan that the plugin makes for them.
-
-    Args:
-        specs: The matrices that a rank stores.
-        grid: The ranks that share them.
-        settings: The settings.
-        bucket_size: As for `distributed_buffer`.
-        initial_loads: Load that each rank has already, as `OwnershipPlan.loads`.
-        ep_rank: Expert-parallel rank of the group.
-        max_team_size: Limit on teams in place of the settings'.
-    """
-    buffer = distributed_buffer([s.local_numel for s in specs], grid.dp, bucket_size)
-    nodes = grid.places(ep_rank) // settings.gpus_per_node
-    options = PlanOptions.from_config(settings.muon, settings.rates, nodes.tolist())
-    if max_team_size is not None:
-        options = replace(options, max_team_size=max_team_size)
-    plan = build_plan(
-        sharded_matrices(specs, buffer, grid),
-        grid.tp_ranks,
-        ns_steps=settings.muon.ns_steps,
-        initial_loads=initial_loads,
-        options=options,
+def _demand(
+    group: MatrixGroup, buffer: Buffer, collectives: Iterable[CollectiveBytes], **per_rank: ArrayLike
+) -> SchemeDemand:
+    """A demand. `per_rank`: the fields of `PER_RANK` that are not 0; the momentum follows from the buffer."""
+    per_rank["momentum_bytes"] = MOMENTUM_BYTES * _stored_numel(buffer, group.grid)
+    values = {name: np.asarray(per_rank.get(name, 0.0), np.float64) for name in PER_RANK}
+    padding: list[float | None] = [None, None]
+    padding[group.grid.expert] = buffer.padding_numel / (buffer.numel - buffer.padding_numel)
+    return SchemeDemand(
+        **{name: tuple(np.broadcast_to(value, group.grid.size).tolist()) for name, value in values.items()},
+        buffer_bytes=buffer.numel * group.settings.buffer_bytes,
+        padding=(padding[0], padding[1]),
+        collectives=tuple(collectives),
+        busiest=float(values["flops"].max()),
     )
-    return buffer, plan
 
 
-def distributed_muon(
-    buffer: Buffer, plan: OwnershipPlan, grid: GroupShape, settings: PlanSettings, ep_rank: int = 0
-) -> GroupLoad:
+def distributed_muon(group: MatrixGroup, plan: OwnershipPlan, ep_rank: int = 0) -> SchemeDemand:
     """This project: sharded momentum, an owner or a team per matrix in the whole group, all-to-all there and back.
 
     Args:
-        buffer: As `ownership_plan` returns it.
-        plan: As `ownership_plan` returns it.
-        grid: The ranks that share the matrices.
-        settings: The settings.
-        ep_rank: Expert-parallel rank of the group.
+        group: The matrices.
+        plan: The plan of the group's expert-parallel rank.
+        ep_rank: That rank.
     """
-    muon, is_muon = settings.muon, settings.muon.variant == "muon"
-    element_size, places = DTYPE_BYTES[muon.exchange_dtype], grid.places(ep_rank)
-    padding = adamw_sent_bytes(buffer.padding_numel, grid, settings)
+    muon, grid, buffer = group.settings.muon, group.grid, group.buffer
+    is_muon, element_size = muon.variant == "muon", DTYPE_BYTES[muon.exchange_dtype]
+    padding = group.adamw_sent_bytes(buffer.padding_numel)
     wire = Wire(plan, keep_resident=is_muon)
     collectives = [ring(padding, grid.dp, grid.stride)]
-    collectives += [all_to_all(wire.moved(k), element_size, places) for k in range(wire.num_transfers)]
-    near, far = (
-        np.array(sent, dtype=np.float64) for sent in plan.team_sent_bytes((places // settings.gpus_per_node).tolist())
-    )
+    collectives += [all_to_all(wire.moved(k), element_size, grid.places(ep_rank)) for k in range(wire.num_transfers)]
+    near, far = map(np.array, plan.team_sent_bytes(group.nodes(ep_rank)))
     stages = sum(map(plan.team_stages, range(len(plan.rounds))))
     collectives.append(CollectiveBytes(float(near.max(initial=0)), float(far.max(initial=0)), stages))
-    stored, owned = _stored_numel(buffer, grid), np.zeros(grid.size)
+    owned = np.zeros(grid.size)
     for item in plan.all_items():
         rows, cols = plan.shape(item)
         owned[plan.owner(item)] += rows * cols
     # As `ShardedMuon.bind` sizes it.
     scratch = muon.exchange_buffer_mb * 2**20 // SCRATCH_SHARE // 4 if is_muon else buffer.numel
-    on_slices = _MOMENTUM_TRAFFIC + _PACK_TRAFFIC + _WEIGHT_TRAFFIC
-    return GroupLoad(
-        flops=np.array(plan.rank_flops, dtype=np.float64),
+    on_slices = (_MOMENTUM_TRAFFIC + _PACK_TRAFFIC + _WEIGHT_TRAFFIC) * _stored_numel(buffer, grid)
+    return _demand(
+        group,
+        buffer,
+        collectives,
+        flops=plan.rank_flops,
         sent_bytes=np.array(plan.sent_numel()) * element_size + padding,
         team_bytes=near + far,
-        momentum_bytes=stored * MOMENTUM_BYTES,
-        exchange_buffer_bytes=np.array(
-            [wire.buffer_bytes(rank, element_size, scratch) for rank in range(grid.size)], dtype=np.float64
-        ),
-        memory_traffic_bytes=on_slices * stored + _OWNER_TRAFFIC * owned + PARAM_BYTES * buffer.numel,
-        buffer=buffer,
-        collectives=tuple(collectives),
+        exchange_buffer_bytes=[wire.buffer_bytes(rank, element_size, scratch) for rank in range(grid.size)],
+        memory_traffic_bytes=on_slices + _OWNER_TRAFFIC * owned + PARAM_BYTES * buffer.numel,
     )
 
 
-def layer_wise(
-    specs: Sequence[MatrixSpec],
-    grid: GroupShape,
-    settings: PlanSettings,
-    bucket_size: int | None,
-    flops: Sequence[float] | None = None,
-) -> GroupLoad:
+def layer_wise(group: MatrixGroup) -> SchemeDemand:
     """Megatron-Core's LayerWiseDistributedOptimizer with `--muon-tp-mode duplicated`, the mode that is exact Muon.
 
     Whole matrices on one data-parallel rank, chosen by size within a bucket; its tensor-parallel ranks each gather the
     whole in fp32 and each run Newton-Schulz on it. Padding goes through AdamW's collectives too.
-
-    Args:
-        specs: The matrices that a rank stores.
-        grid: The ranks that share them.
-        settings: The settings.
-        bucket_size: As for `layer_wise_buffer`.
-        flops: Newton-Schulz FLOPs of each parameter; None counts as `matrix_flops` does.
     """
-    buffer = layer_wise_buffer([s.local_numel for s in specs], grid.dp, bucket_size)
+    grid = group.grid
+    buffer = layer_wise_buffer(group.numels, grid.dp, group.bucket_size)
     # The layout's promise: a parameter lies in one shard.
     owners = [shards[0][0] for shards in buffer.shards]
-    costs = [matrix_flops(s, settings) for s in specs] if flops is None else flops
-    gathered = 4 * _sums(owners, [_tp_gather_numel(s) for s in specs], grid)
-    stored = _stored_numel(buffer, grid)
-    padding = adamw_sent_bytes(buffer.padding_numel, grid, settings)
-    on_owned = _MOMENTUM_TRAFFIC + _WEIGHT_TRAFFIC
-    return GroupLoad(
-        flops=_sums(owners, costs, grid),
+    gathered = 4 * _sums(owners, [_tp_gather_numel(spec) for spec in group.specs], grid)
+    padding = group.adamw_sent_bytes(buffer.padding_numel)
+    on_owned = (_MOMENTUM_TRAFFIC + _WEIGHT_TRAFFIC) * _stored_numel(buffer, grid)
+    return _demand(
+        group,
+        buffer,
+        (ring(float(gathered.max()), grid.tp, 1), ring(padding, grid.dp, grid.stride)),
+        flops=_sums(owners, group.flops, grid),
         sent_bytes=gathered + padding,
-        team_bytes=np.zeros(grid.size),
-        momentum_bytes=stored * MOMENTUM_BYTES,
-        exchange_buffer_bytes=np.zeros(grid.size),
-        memory_traffic_bytes=on_owned * stored + gathered + PARAM_BYTES * buffer.numel,
-        buffer=buffer,
-        collectives=(ring(float(gathered.max()), grid.tp, 1), ring(padding, grid.dp, grid.stride)),
+        memory_traffic_bytes=on_owned + gathered + PARAM_BYTES * buffer.numel,
     )
 
 
-def all_gather(
-    specs: Sequence[MatrixSpec], grid: GroupShape, settings: PlanSettings, bucket_size: int | None
-) -> GroupLoad:
+def all_gather(group: MatrixGroup) -> SchemeDemand:
     """Moonlight's scheme: every rank all-gathers the bf16 directions, and orthogonalizes what it stores a slice of.
 
     Source: arXiv 2502.16982, algorithm 1, and its Megatron-LM implementation: the buffers' all-gather over the
     data-parallel group, then over the tensor-parallel group for each matrix that the rank holds a slice of.
+    """
+    grid, buffer = group.grid, group.buffer
+    held = [(rank, index) for index, shards in enumerate(buffer.shards) for rank, _, _ in shards]
+    holders = [rank for rank, _ in held]
+    gathered = 2 * _sums(holders, [_tp_gather_numel(group.specs[index]) for _, index in held], grid)
+    over_dp = 2 * buffer.numel * (grid.dp - 1) / grid.dp + group.adamw_sent_bytes(buffer.padding_numel)
+    on_slices = (_MOMENTUM_TRAFFIC + _PACK_TRAFFIC + _WEIGHT_TRAFFIC) * _stored_numel(buffer, grid)
+    return _demand(
+        group,
+        buffer,
+        (ring(over_dp, grid.dp, grid.stride), ring(float(gathered.max()), grid.tp, 1)),
+        flops=_sums(holders, [group.flops[index] for _, index in held], grid),
+        sent_bytes=gathered + over_dp,
+        memory_traffic_bytes=on_slices + gathered + 2 * PARAM_BYTES * buffer.numel,
+    )
+
+
+def combined(groups: Sequence[tuple[GroupShape, Sequence[SchemeDemand]]], busiest: float | None = None) -> SchemeDemand:
+    """Adds dense and expert demands by rank of the stage.
 
     Args:
-        specs: The matrices that a rank stores.
-        grid: The ranks that share them.
-        settings: The settings.
-        bucket_size: As for `distributed_buffer`.
+        groups: Each with a demand for each expert-parallel rank.
+        busiest: As in `SchemeDemand`; None: the most FLOPs of a rank.
     """
-    buffer = distributed_buffer([s.local_numel for s in specs], grid.dp, bucket_size)
-    held = [(rank, spec) for spec, shards in zip(specs, buffer.shards, strict=True) for rank, _, _ in shards]
-    holders = [rank for rank, _ in held]
-    gathered = 2 * _sums(holders, [_tp_gather_numel(spec) for _, spec in held], grid)
-    over_dp = 2 * buffer.numel * (grid.dp - 1) / grid.dp + adamw_sent_bytes(buffer.padding_numel, grid, settings)
-    stored = _stored_numel(buffer, grid)
-    on_slices = _MOMENTUM_TRAFFIC + _PACK_TRAFFIC + _WEIGHT_TRAFFIC
-    return GroupLoad(
-        flops=_sums(holders, [matrix_flops(spec, settings) for _, spec in held], grid),
-        sent_bytes=gathered + over_dp,
-        team_bytes=np.zeros(grid.size),
-        momentum_bytes=stored * MOMENTUM_BYTES,
-        exchange_buffer_bytes=np.zeros(grid.size),
-        memory_traffic_bytes=on_slices * stored + gathered + 2 * PARAM_BYTES * buffer.numel,
-        buffer=buffer,
-        collectives=(ring(over_dp, grid.dp, grid.stride), ring(float(gathered.max()), grid.tp, 1)),
+    totals = {name: np.zeros(groups[0][0].size * groups[0][0].ep) for name in PER_RANK}
+    padding: list[float | None] = [None, None]
+    for grid, demands in groups:
+        padding[grid.expert] = demands[0].padding[grid.expert]
+        for ep_rank, demand in enumerate(demands):
+            for name, total in totals.items():
+                total[grid.places(ep_rank)] += getattr(demand, name)
+
+    def moved(demand: SchemeDemand) -> float:
+        return sum(c.nvlink_bytes + c.network_bytes for c in demand.collectives)
+
+    return SchemeDemand(
+        **{name: tuple(total.tolist()) for name, total in totals.items()},
+        buffer_bytes=sum(demands[0].buffer_bytes for _, demands in groups),
+        padding=(padding[0], padding[1]),
+        # Groups that are alike exchange at the same time: the one that moves most counts.
+        collectives=tuple(c for _, demands in groups for c in max(demands, key=moved).collectives),
+        busiest=float(totals["flops"].max()) if busiest is None else busiest,
     )
 
 

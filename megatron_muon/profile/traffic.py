@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_muon.config import TORCH_DTYPES, MuonConfig
-from megatron_muon.estimate.estimates import distinct_stages, stage_kinds, stage_plans
-from megatron_muon.estimate.schemes import PlanSettings
+from megatron_muon.estimate.groups import PlanSettings, distinct_stages, matrix_groups, stage_plans
 from megatron_muon.estimate.shapes import load_model
 from megatron_muon.estimate.stages import Layout, check_experts
 from megatron_muon.plan.build import CostModel
@@ -102,12 +101,13 @@ def model_traffic(
     per_stage = layout.dp * layout.tp
     out = []
     for (layers, bucket_size), stages in distinct_stages(model, layout, settings).items():
-        for grid, _, plans in stage_plans(stage_kinds(layers, layout, settings), settings, bucket_size):
+        groups = matrix_groups(layers, layout, settings, bucket_size)
+        for group, plans in zip(groups, stage_plans(groups), strict=True):
             for ep_rank, plan in enumerate(plans):
-                places = grid.places(ep_rank).tolist()
+                places = group.grid.places(ep_rank).tolist()
                 for stage in stages:
                     for instance in range(layout.instances):
                         first = stage * per_stage + instance * layout.stage_ranks
                         ranks = [first + place for place in places]
-                        out.append(plan_traffic(plan, expert=grid.expert, ranks=ranks, itemsize=itemsize))
+                        out.append(plan_traffic(plan, expert=group.grid.expert, ranks=ranks, itemsize=itemsize))
     return sorted(out, key=lambda t: (t.expert, t.ranks))

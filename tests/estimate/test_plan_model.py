@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,21 @@ import torch
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.estimate.buffers import default_bucket_size
+from megatron_muon.estimate.collectives import all_to_all, exchange_ms, ring
 from megatron_muon.estimate.estimates import (
     MOONLIGHT,
     OURS,
     SCHEMES,
     UPSTREAM,
-    GroupMatrices,
-    SchemeEstimate,
     estimate_model,
     mean,
-    stage_kinds,
-    stage_plans,
 )
+from megatron_muon.estimate.groups import PlanSettings, matrix_groups, stage_plans
 from megatron_muon.estimate.huggingface import model_from_config
 from megatron_muon.estimate.models import BUILT_IN, Model
-from megatron_muon.estimate.schemes import PlanSettings, distributed_muon, layer_wise, matrix_flops, ownership_plan
+from megatron_muon.estimate.schemes import SchemeDemand, distributed_muon, layer_wise
 from megatron_muon.estimate.shapes import load_model, model_from_shapes
 from megatron_muon.estimate.stages import Layout, grids, split_layers, stage_specs
-from megatron_muon.estimate.transfer_times import all_to_all, exchange_ms, ring
 from megatron_muon.matrices.fused import FusedQkv
 from megatron_muon.newton_schulz import newton_schulz_flops
 from megatron_muon.plan.build import CostModel
@@ -52,7 +50,7 @@ def cost_of(rows: int, cols: int) -> int:
     return newton_schulz_flops(rows, cols, 5, dtype="bf16")
 
 
-def estimate(plan: Any, scheme: str, stage: int = 0) -> SchemeEstimate:
+def estimate(plan: Any, scheme: str, stage: int = 0) -> SchemeDemand:
     found = plan.stages[stage].schemes[scheme]
     assert found is not None
     return found
@@ -211,15 +209,16 @@ def test_plans_are_the_plugins() -> None:
         ranks_per_stage = 4 // layout.pp
         for stage in range(layout.pp):
             layers = model.layers[sum(counts[:stage]) :][: counts[stage]]
-            kinds = stage_kinds(layers, layout, settings)
-            plans = stage_plans(kinds, settings, settings.bucket_size if stage == 0 else None)
+            groups = matrix_groups(layers, layout, settings, settings.bucket_size if stage == 0 else None)
+            plans = stage_plans(groups)
             for rank in range(stage * ranks_per_stage, (stage + 1) * ranks_per_stage):
                 place = rank - stage * ranks_per_stage
                 mine = []
-                for grid, buffer, own in plans:
+                for group, own in zip(groups, plans, strict=True):
+                    grid = group.grid
                     ep_rank = place // grid.tp % grid.ep
                     plan = own[ep_rank]
-                    load = distributed_muon(buffer, plan, grid, settings, ep_rank)
+                    load = distributed_muon(group, plan, ep_rank)
                     at = grid.places(ep_rank).tolist().index(place % layout.stage_ranks)
                     mine.append((plan.fingerprint, plan.rank_flops, int(load.exchange_buffer_bytes[at])))
                 assert results[rank][0][index] == mine, (config["model_type"], sizes, rank)
@@ -240,28 +239,28 @@ def test_tensor_parallel_pieces_under_transformer_engine() -> None:
 @pytest.mark.parametrize("settings", [PlanSettings(), PlanSettings(muon=MuonConfig(exchange_dtype="fp32", ns_steps=3))])
 def test_loads_and_bytes_are_the_plans(settings: PlanSettings) -> None:
     model, layout = load_model("moonlight-16b"), Layout(dp=8, tp=2, pp=9, ep=4, etp=1)
-    kinds = stage_kinds(model.layers[:3], layout, settings)
+    groups = matrix_groups(model.layers[:3], layout, settings)
     element_size = 4 if settings.muon.exchange_dtype == "fp32" else 2
     plans = [
-        (grid, buffer, ep_rank, plan)
-        for grid, buffer, own in stage_plans(kinds, settings, None)
+        (group, ep_rank, plan)
+        for group, own in zip(groups, stage_plans(groups), strict=True)
         for ep_rank, plan in enumerate(own)
     ]
     assert len(plans) == 1 + 4
-    for grid, buffer, ep_rank, plan in plans:
-        load = distributed_muon(buffer, plan, grid, settings, ep_rank)
-        assert load.flops.tolist() == list(plan.rank_flops)
-        padding = 6 * buffer.padding_numel * (grid.dp - 1) / grid.dp
-        assert load.sent_bytes.tolist() == [n * element_size + padding for n in plan.sent_numel()]
-        assert load.team_bytes.tolist() == [near + far for near, far in zip(*plan.team_sent_bytes(), strict=True)]
+    for group, ep_rank, plan in plans:
+        load, grid = distributed_muon(group, plan, ep_rank), group.grid
+        assert load.flops == plan.rank_flops
+        padding = 6 * group.buffer.padding_numel * (grid.dp - 1) / grid.dp
+        assert load.sent_bytes == tuple(n * element_size + padding for n in plan.sent_numel())
+        assert load.team_bytes == tuple(near + far for near, far in zip(*plan.team_sent_bytes(), strict=True))
         assert sum(c.issued for c in load.collectives) == Wire(plan).num_collectives + (padding > 0 and grid.dp > 1) + (
             sum(map(plan.team_stages, range(len(plan.rounds))))
         )
     # The planner's own count, seen where one rank has everything.
     alone = Layout(tp=1)
-    ((specs, grid),) = stage_kinds(model.layers[:2], alone, settings)
-    ((_, _, (plan,)),) = stage_plans([GroupMatrices(specs, grid)], settings, None)
-    assert sum(matrix_flops(s, settings) for s in specs) == sum(plan.rank_flops)
+    (group,) = matrix_groups(model.layers[:2], alone, settings)
+    ((plan,),) = stage_plans([group])
+    assert sum(group.flops) == sum(plan.rank_flops)
 
 
 # Numbers
@@ -376,11 +375,11 @@ def test_upstreams_slowest_rank(
     """Newton-Schulz of upstream's slowest rank over the ideal: the standard iteration on fused weights, dense alone."""
     layout = Layout(**sizes)
     settings = PlanSettings(muon=MuonConfig(qkv_split="none", split_gated=False))
-    dense, _ = stage_specs(load_model(model).layers[layers], layout, settings.muon)
-    flops = [newton_schulz_flops(*s.logical_shape(0)[1:], 5, "standard") for s in dense]
     bucket_size = default_bucket_size(layout.dp) if bucketed else None
-    load = layer_wise(dense, grids(layout)[0], settings, bucket_size, flops)
-    assert max(load.flops) / (sum(flops) / len(load.flops)) == pytest.approx(expected, rel=tolerance)
+    dense, *_ = matrix_groups(load_model(model).layers[layers], layout, settings, bucket_size)
+    assert dense.flops == tuple(newton_schulz_flops(*s.logical_shape(0)[1:], 5, "standard") for s in dense.specs)
+    load = layer_wise(dense)
+    assert max(load.flops) / (sum(dense.flops) / len(load.flops)) == pytest.approx(expected, rel=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -404,19 +403,18 @@ def test_the_kind_with_the_larger_matrices_is_planned_first() -> None:
     """Moonlight's dense matrices are larger than its experts', which then go where the dense plan left room."""
     layout, settings = Layout(dp=64, pp=4, ep=8), PlanSettings(muon=MuonConfig(max_team_size=1))
     model = load_model("moonlight-16b")
-    kinds = stage_kinds(model.layers[:7], layout, settings)
-    (_, _, (dense,)), (grid, _, experts) = stage_plans(kinds, settings, None)
-    assert dense == ownership_plan(kinds[0][0], kinds[0][1], settings, None)[1]
+    groups = matrix_groups(model.layers[:7], layout, settings)
+    (dense,), experts = stage_plans(groups)
+    assert dense == groups[0].plan()
+    grid = groups[1].grid
     assert len(experts) == 8 and len({plan.fingerprint for plan in experts}) > 1
     for ep_rank, plan in enumerate(experts):
         initial = [float(dense.loads[grid.places(ep_rank)[rank]]) for rank in range(grid.size)]
-        assert plan == ownership_plan(*kinds[1], settings, None, initial, ep_rank)[1]
+        assert plan == groups[1].plan(ep_rank, initial)
         assert [plan.loads[r] - initial[r] for r in range(grid.size)] == list(plan.rank_flops)
     # Mixtral's experts are larger than its attention's matrices.
-    small, large = kinds[1][0], kinds[0][0]
-    (_, _, first), (_, _, second) = stage_plans(
-        [GroupMatrices(small, kinds[0][1]), GroupMatrices(large, kinds[1][1])], settings, None
-    )
+    small, large = groups[1].specs, groups[0].specs
+    first, second = stage_plans([replace(groups[0], specs=small), replace(groups[1], specs=large)])
     assert len({plan.fingerprint for plan in second}) == 1 and len(first) == 1
 
 
@@ -439,15 +437,15 @@ def test_balanced_by_flops_alone(model: str, sizes: dict[str, int]) -> None:
 def test_the_first_kinds_teams_are_as_large_as_levels_the_sum(layers: slice, best: int) -> None:
     """Moonlight on 256 ranks a stage: with no limit the dense matrices' teams leave experts nothing uneven to fill."""
     settings = PlanSettings(cost=CostModel(latency_s=20e-6, node_latency_s=20e-6, launch_s=0))
-    kinds = stage_kinds(load_model("moonlight-16b").layers[layers], Layout(dp=256, pp=4, ep=8), settings)
+    groups = matrix_groups(load_model("moonlight-16b").layers[layers], Layout(dp=256, pp=4, ep=8), settings)
     busiest = {}
     for limit in (settings.muon.max_team_size, 8, 1):
-        _, first = ownership_plan(*kinds[0], settings, None, max_team_size=limit)
-        initial = [[float(first.loads[kinds[1][1].places(e)[r]]) for r in range(32)] for e in range(8)]
-        experts = [ownership_plan(*kinds[1], settings, None, initial[e], e)[1] for e in range(8)]
+        first = groups[0].plan(max_team_size=limit)
+        initial = [[float(first.loads[groups[1].grid.places(e)[r]]) for r in range(32)] for e in range(8)]
+        experts = [groups[1].plan(e, initial[e]) for e in range(8)]
         busiest[limit] = max(max(plan.loads) for plan in experts)
     assert min(busiest, key=lambda limit: busiest[limit]) == best
-    _, (_, _, chosen) = stage_plans(kinds, settings, None)
+    _, chosen = stage_plans(groups)
     assert max(max(plan.loads) for plan in chosen) == busiest[best] < 0.9 * busiest[settings.muon.max_team_size]
 
 
@@ -479,7 +477,7 @@ def test_what_holds_for_every_layout(model: str, sizes: dict[str, int]) -> None:
             assert found is not None
             # Of one of three products a team that divides it computes half: at squares, 5/6 of the FLOPs are left.
             least = 5 / 6 if name == OURS else 1.0
-            assert found.flops_mean >= stage.ideal_flops * (least - 1e-9)
+            assert mean(found.flops) >= stage.ideal_flops * (least - 1e-9)
             assert sum(found.momentum_bytes) == 4 * (
                 dense * layout.stage_ranks // dense_grid.dp + experts * layout.stage_ranks // expert_grid.dp
             )

@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon.config import TORCH_DTYPES, MuonConfig
-from megatron_muon.estimate.estimates import distinct_stages, stage_kinds, stage_plans
-from megatron_muon.estimate.schemes import PlanSettings
+from megatron_muon.estimate.groups import PlanSettings, distinct_stages, matrix_groups, stage_plans
 from megatron_muon.estimate.shapes import load_model
 from megatron_muon.estimate.stages import Layout
 from megatron_muon.observe.console import as_text
@@ -148,7 +147,7 @@ def test_traffic_is_that_of_the_plans(layout: Layout, model: str) -> None:
     settings = PlanSettings(muon=muon)  # of a GPU, as model_traffic's default
     planned = []
     for (layers, bucket_size), stages in distinct_stages(load_model(model), layout, settings).items():
-        for _, _, plans in stage_plans(stage_kinds(layers, layout, settings), settings, bucket_size):
+        for plans in stage_plans(matrix_groups(layers, layout, settings, bucket_size)):
             planned += [plan for plan in plans for _ in range(len(stages) * layout.instances)]
     assert sorted(total_sent_bytes(t) for t in traffic) == sorted(
         tuple(4 * n for n in plan.sent_numel()) for plan in planned
@@ -256,8 +255,8 @@ def exchanged(rank: int, world_size: int, settings: LinkSettings) -> list[int]:
         gpus_per_node=world_size,
     )
     ((layers, bucket_size),) = distinct_stages(load_model(str(settings.model)), layout, planned)
-    kinds = stage_plans(stage_kinds(layers, layout, planned), planned, bucket_size)
-    (plan,) = next(plans for grid, _, plans in kinds if not grid.expert)
+    # The dense matrices come first.
+    (plan,), *_ = stage_plans(matrix_groups(layers, layout, planned, bucket_size))
     exchange = Exchange(plan, None, TORCH_DTYPES["fp32"], torch.device("cpu"))
     sent = [0]
     for transfer in range(exchange.wire.num_transfers):
@@ -425,6 +424,6 @@ def test_bad_sizes(text: str, capsys: pytest.CaptureFixture[str]) -> None:
 def test_plan_of_another_group_is_refused(model: str) -> None:
     layout, settings = Layout(dp=2), PlanSettings()
     ((layers, bucket_size),) = distinct_stages(load_model(model), layout, settings)
-    ((_, _, (plan,)),) = stage_plans(stage_kinds(layers, layout, settings), settings, bucket_size)
+    ((plan,),) = stage_plans(matrix_groups(layers, layout, settings, bucket_size))
     with pytest.raises(ValueError, match="ranks: got 3, expected the plan's 2"):
         plan_traffic(plan, expert=False, ranks=range(3), itemsize=2)

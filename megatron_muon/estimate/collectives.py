@@ -86,15 +86,15 @@ def exchange_ms(
         rates: Latencies: the planner's defaults, or as measured.
         links: Measured figures.
     """
-    nvlink = _bytes_per_s(links.intra_node if links else None, gpu.nvlink_bytes_per_s)
-    network = _bytes_per_s(links.inter_node if links else None, gpu.network_bytes_per_s)
+
+    def bytes_per_s(measured: LinkFigures | None, nominal: float) -> float:
+        return nominal * LINK_EFFICIENCY if measured is None else measured.bandwidth_gb_per_s * 1e9
+
+    nvlink = bytes_per_s(links.intra_node if links else None, gpu.nvlink_bytes_per_s)
+    network = bytes_per_s(links.inter_node if links else None, gpu.network_bytes_per_s)
     seconds = 0.0
     for c in collectives:
         # Both links are used at once.
         seconds += max(c.nvlink_bytes / nvlink, c.network_bytes / network)
         seconds += c.issued * (rates.latency_s if c.network_bytes else rates.node_latency_s)
     return 1e3 * seconds
-
-
-def _bytes_per_s(measured: LinkFigures | None, nominal: float) -> float:
-    return nominal * LINK_EFFICIENCY if measured is None else measured.bandwidth_gb_per_s * 1e9
