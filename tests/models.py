@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -79,7 +80,8 @@ TE_MOE: dict[str, Any] = dict(
 )
 # Rows of a Mamba mixer's in_proj, whole; each tensor-parallel rank has its share of each.
 MIXER_SIZES = {"z": 16, "x": 16, "B": 8, "C": 8, "dt": 4}
-# Beside settings of Megatron's config: `fused` down projections of MLA, `experts` of a stand-in's kind, `mixers`.
+# Beside settings of Megatron's config: `fused` down projections of MLA, `experts` of a stand-in's kind, `mixers`, and
+# the pattern of a `hybrid` model with two layers for one of GPTModel's.
 MODELS: dict[str, dict[str, Any]] = {
     "dense": DENSE,
     "odd": ODD,
@@ -94,8 +96,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "stacked": dict(MOE, experts="single"),
     "mixers": dict(DENSE, mixers=True),
     "te-moe": TE_MOE,
+    # "dense", "moe" and "mla" as HybridModel: attention and MLP are layers of their own.
+    "hybrid dense": dict(DENSE, hybrid="*-*-"),
+    "hybrid moe": dict(MOE, hybrid="*-*E"),
+    "hybrid mla": dict(MLA, hybrid="+-+E"),
 }
-NO_SETTINGS = {"position", "fused", "experts", "mixers"}
+NO_SETTINGS = {"position", "fused", "experts", "mixers", "hybrid"}
 
 
 def make_config(model: str, layout: Layout, dtype: torch.dtype) -> Any:
@@ -138,6 +144,9 @@ def make_config(model: str, layout: Layout, dtype: torch.dtype) -> Any:
     settings.update(layout.config)
     if settings["num_layers"] != 2 and "moe_layer_freq" in settings:
         settings["moe_layer_freq"] = [0] + [1] * (settings["num_layers"] - 1)
+    if "hybrid" in MODELS[model]:
+        settings.pop("moe_layer_freq", None)
+        settings["num_layers"] *= 2
     return (MLATransformerConfig if "multi_latent_attention" in settings else TransformerConfig)(**settings)
 
 
@@ -160,45 +169,57 @@ def initialize(layout: Layout) -> None:
 
 def make_chunks(model: str, layout: Layout, dtype: torch.dtype) -> list[nn.Module]:
     """This rank's model chunks, with layout-independent weights, not wrapped."""
-    from megatron.core import parallel_state as ps
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
-
     config = make_config(model, layout, dtype)
     chunks: list[nn.Module] = []
     for stage in range(layout.vpp or 1):
-        vp_stage = stage if layout.vpp else None
-        with_te = model.startswith("te")
-        spec = get_gpt_decoder_block_spec(
-            config, use_transformer_engine=with_te, normalization=config.normalization, vp_stage=vp_stage
-        )
-        if MODELS[model].get("fused"):
-            _fuse_down_projections(spec)
-        mtp = get_gpt_mtp_block_spec(config, spec, with_te, vp_stage=vp_stage) if config.mtp_num_layers else None
-        with _modules_may_be_built(model):
-            chunk = GPTModel(
-                config,
-                spec,
-                vocab_size=VOCABULARY,
-                max_sequence_length=SEQUENCE,
-                pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-                post_process=ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
-                position_embedding_type=MODELS[model].get("position", "rope"),
-                share_embeddings_and_output_weights=False,
-                vp_stage=vp_stage,
-                mtp_block_spec=mtp,
-            )
+        chunk = _make_chunk(model, layout, config, stage if layout.vpp else None)
         _add_stand_ins(chunk, MODELS[model], layout)
         chunk.model_type = None
         with torch.no_grad():
             for place in places(chunk, layout):
-                value = place.shard(initial_value(place.name, place.shape, rows_differ=model.startswith("te")))
+                value = place.shard(initial_value(place.key, place.shape, rows_differ=model.startswith("te")))
                 place.parameter.copy_(value)
                 if hasattr(place.parameter, "_high_precision_init_val"):
                     # TE keeps what an FP8 parameter was made from, for the optimizer's main parameter.
                     place.parameter._high_precision_init_val = value.to(dtype)
         chunks.append(chunk.to(dtype))
     return chunks
+
+
+def _make_chunk(model: str, layout: Layout, config: Any, vp_stage: int | None) -> Any:
+    """One model chunk as Megatron builds it."""
+    from megatron.core import parallel_state as ps
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_mtp_block_spec
+
+    common: dict[str, Any] = dict(
+        vocab_size=VOCABULARY,
+        max_sequence_length=SEQUENCE,
+        pre_process=ps.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=ps.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        position_embedding_type=MODELS[model].get("position", "rope"),
+        share_embeddings_and_output_weights=False,
+        vp_stage=vp_stage,
+    )
+    if "hybrid" in MODELS[model]:
+        from megatron.core.models.hybrid import hybrid_layer_specs
+        from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+        pattern: str = MODELS[model]["hybrid"]
+        # As many layers as the layout has stages for, all after the first pair as the last one.
+        pattern = pattern[:2] + pattern[2:] * (config.num_layers // 2 - 1)
+        width = len(pattern) // (layout.pp * (layout.vpp or 1))
+        stages = "|".join(pattern[at : at + width] for at in range(0, len(pattern), width))
+        return HybridModel(config, hybrid_layer_specs.hybrid_stack_spec, hybrid_layer_pattern=stages, **common)
+    with_te = model.startswith("te")
+    spec = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=with_te, normalization=config.normalization, vp_stage=vp_stage
+    )
+    if MODELS[model].get("fused"):
+        _fuse_down_projections(spec)
+    mtp = get_gpt_mtp_block_spec(config, spec, with_te, vp_stage=vp_stage) if config.mtp_num_layers else None
+    with _modules_may_be_built(model):
+        return GPTModel(config, spec, mtp_block_spec=mtp, **common)
 
 
 def _modules_may_be_built(model: str) -> AbstractContextManager[None]:
@@ -233,9 +254,13 @@ def _add_stand_ins(chunk: Any, settings: dict[str, Any], layout: Layout) -> None
 
 @dataclass(frozen=True)
 class Place:
-    """Where a local parameter lies in the whole model: its layout-independent name, whole shape, and its shard."""
+    """Where a local parameter lies in the whole model: its layout-independent name, whole shape, and its shard.
+
+    `key` is what its initial value depends on: the name, or in a HybridModel the name that GPTModel has for it.
+    """
 
     name: str
+    key: str
     parameter: nn.Parameter
     shape: tuple[int, ...]
     shard: Callable[[Tensor], Tensor]
@@ -244,6 +269,7 @@ class Place:
 def places(chunk: nn.Module, layout: Layout) -> list[Place]:
     """The places of a chunk's parameters. `chunk` may be wrapped."""
     from megatron.core import parallel_state as ps
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
     from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
@@ -264,7 +290,10 @@ def places(chunk: nn.Module, layout: Layout) -> list[Place]:
             if isinstance(module, TEGroupedMLP) and at == len(parts) - 2 and parts[-1] != "weight":
                 first = ps.get_expert_model_parallel_rank() * module.num_local_experts
                 parts[-1] = f"weight{first + int(parts[-1].removeprefix('weight'))}"
-        name = ".".join(parts)
+        name = key = ".".join(parts)
+        if isinstance(chunk, HybridModel):
+            key = re.sub(r"(?<=layers\.)\d+", lambda number: str(int(number[0]) // 2), name)
+            key = key.replace("decoder.final_norm.", "decoder.final_layernorm.")
         expert = not getattr(parameter, "allreduce", True)
         size = layout.expert_tp if expert else layout.tp
         rank = ps.get_expert_tensor_parallel_rank() if expert else ps.get_tensor_model_parallel_rank()
@@ -281,7 +310,7 @@ def places(chunk: nn.Module, layout: Layout) -> list[Place]:
                 _stack, shard=shard, rows=shape[0], count=len(parameter), ep_rank=ps.get_expert_model_parallel_rank()
             )
             shape[0] *= len(parameter) * layout.ep
-        out.append(Place(name, parameter, tuple(shape), shard))
+        out.append(Place(name, key, parameter, tuple(shape), shard))
     return out
 
 

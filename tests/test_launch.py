@@ -22,6 +22,7 @@ from tests.distributed import RankError, run_ranks
 from tests.paths import ROOT as REPOSITORY
 from tests.paths import TESTS
 from tests.seams import seams_removed_afterwards
+from tests.sources import unpack
 
 
 @pytest.fixture(autouse=True)
@@ -271,6 +272,37 @@ def test_an_unmodified_script_trains_with_muon() -> None:
     for said in ("--optimizer muon becomes adam", "Newton-Schulz runs in fp32"):
         assert [said in text for _, text in muon] == [True, False]
         assert [said in text for _, text in adamw] == [False, False]
+
+
+HYBRID = (
+    *("--spec", "megatron.core.models.hybrid.hybrid_layer_specs", "hybrid_stack_spec", "--distributed-muon"),
+    *("--muon-exchange-dtype", "fp32", "--num-experts", "4", "--moe-router-topk", "2", "--moe-ffn-hidden-size", "32"),
+    *("--moe-token-dispatcher-type", "alltoall", "--attention-dropout", "0", "--hidden-dropout", "0"),
+)
+
+
+def test_pretrain_hybrid_trains(tmp_path: Path) -> None:
+    """Megatron-LM's own script for HybridModel, with attention, MLP and MoE layers."""
+    files = ("pretrain_hybrid.py", "hybrid_builders.py", "model_provider.py")
+    path = str(unpack("0.19", tmp_path, files) / files[0])
+    # HybridModel takes the number of layers from its pattern.
+    words = [*TRAINING[2:], *HYBRID]
+    words.remove("--bf16")
+
+    def losses(world_size: int, *layout: str) -> list[float]:
+        values: list[float] = run_ranks(_launch, world_size, path, (*words, *layout))[-1][0]
+        assert len(values) == 3 and values[2] < values[0] - 0.1
+        return values
+
+    one = losses(1, "--hybrid-layer-pattern", "*-*E", "--make-vocab-size-divisible-by", "128")
+    tensor_parallel = ("--tensor-model-parallel-size", "2", "--sequence-parallel")
+    # The vocabulary is padded to this times the tensor-parallel size.
+    two = losses(2, "--hybrid-layer-pattern", "*-*E", "--make-vocab-size-divisible-by", "64", *tensor_parallel)
+    # Printed with seven digits.
+    assert two == pytest.approx(one, rel=1e-6)
+    # Megatron draws other initial weights on each of these stages and experts, so that losses cannot be compared.
+    losses(2, "--hybrid-layer-pattern", "*-|*E", "--pipeline-model-parallel-size", "2")
+    losses(2, "--hybrid-layer-pattern", "*-*E", "--expert-model-parallel-size", "2")
 
 
 def test_one_rank_alone_with_distributed_muon_is_an_error() -> None:

@@ -35,7 +35,7 @@ def all_patches() -> list[Patch]:
     """Everything that `install()` replaces, each with its reason. Imports megatron.core."""
     from . import adam, collectives, devices, modules, runtime
 
-    return [*devices.patches(), *collectives.PATCHES, *modules.PATCHES, *adam.PATCHES, *runtime.patches()]
+    return [*devices.patches(), *collectives.PATCHES, *modules.patches(), *adam.PATCHES, *runtime.patches()]
 
 
 def emulate_fp8(model: nn.Module, recipe: str, fp8_format: str) -> list[str]:

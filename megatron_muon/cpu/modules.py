@@ -1,9 +1,11 @@
-"""Megatron-Core's local norm and core attention, without what they refuse on a CPU."""
+"""Megatron-Core's local norm, core attention and hybrid layers, without what they refuse on a CPU."""
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
@@ -225,7 +228,70 @@ def _mla_down_projection(
     return q_compressed, torch.cat((compressed, rotary_key), dim=-1)
 
 
-PATCHES = (
+def _hybrid_stack() -> Any:
+    """Megatron's `hybrid_stack_spec` with local modules in attention, MLP, latent-attention and MoE layers.
+
+    Mamba, Gated DeltaNet and sparse attention stay as they are: they need kernels that do not exist for a CPU.
+    """
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_submodules
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+
+    def local_attention(latent: bool) -> Any:
+        attention = gpt(multi_latent_attention=latent).self_attention
+        # This table is made before the patch of LocalSpecProvider is applied.
+        return replace(attention, submodules=replace(attention.submodules, core_attention=CoreAttention))
+
+    def changed(layer: str, **submodules: Any) -> Any:
+        spec = getattr(stack, layer)
+        return replace(spec, submodules=replace(spec.submodules, **submodules))
+
+    gpt = functools.partial(get_gpt_layer_local_submodules, normalization="RMSNorm")
+    stack = hybrid_stack_spec.submodules
+    norm = gpt().input_layernorm
+    experts = get_moe_module_spec(use_te=False, num_experts=2, moe_grouped_gemm=False)
+    layers = {
+        # Checkpoints have the names of Transformer Engine's layers, in which a norm belongs to the projection after it.
+        "attention_layer": changed(
+            "attention_layer",
+            input_layernorm=norm,
+            self_attention=local_attention(latent=False),
+            sharded_state_dict_keys_map={"input_layernorm.": "self_attention.linear_qkv.layer_norm_"},
+        ),
+        "mlp_layer": changed(
+            "mlp_layer",
+            pre_mlp_layernorm=norm,
+            mlp=gpt().mlp,
+            sharded_state_dict_keys_map={"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"},
+        ),
+        "moe_layer": changed("moe_layer", pre_mlp_layernorm=norm, mlp=experts),
+    }
+    if hasattr(stack, "mla_layer"):  # from 0.19
+        layers["mla_layer"] = changed("mla_layer", input_layernorm=norm, self_attention=local_attention(latent=True))
+    return replace(hybrid_stack_spec, submodules=replace(stack, **layers))
+
+
+def patches() -> list[Patch]:
+    """The table of Megatron's modules."""
+    return [
+        *_PATCHES,
+        Patch(
+            "megatron.core.models.hybrid.hybrid_block:TENorm",
+            WrappedTorchNorm,
+            "HybridModel's last norm is Transformer Engine's, whatever the spec",
+            is_value=True,
+        ),
+        Patch(
+            "megatron.core.models.hybrid.hybrid_layer_specs:hybrid_stack_spec",
+            _hybrid_stack(),
+            "HybridModel's layers are Transformer Engine's",
+            is_value=True,
+            by_name=True,
+        ),
+    ]
+
+
+_PATCHES = (
     Patch(
         "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__",
         _torch_norm,

@@ -199,3 +199,24 @@ def norms(rank: int, world_size: int, name: str) -> None:
 @pytest.mark.parametrize("name", ["RMSNorm", "LayerNorm"])
 def test_norm_equals_the_formula_with_and_without_sequence_parallelism(name: str) -> None:
     run_ranks(norms, 1, name)
+
+
+def hybrid_checkpoint_keys(rank: int, world_size: int) -> set[str]:
+    from tests import models
+
+    layout = models.Layout(1)
+    models.initialize(layout)
+    (chunk,) = models.make_chunks("hybrid moe", layout, torch.float32)
+    return {entry.key for entry in chunk.sharded_state_dict().values() if hasattr(entry, "key")}
+
+
+def test_local_hybrid_layers_have_the_checkpoint_keys_of_transformer_engines() -> None:
+    """There, a norm is a part of the projection after it, but before the router."""
+    keys = run_ranks(hybrid_checkpoint_keys, 1)[0]
+    for norm in (
+        *("0.self_attention.linear_qkv.layer_norm_weight", "1.mlp.linear_fc1.layer_norm_weight"),
+        *("2.self_attention.linear_qkv.layer_norm_weight", "3.pre_mlp_layernorm.weight"),
+    ):
+        assert f"decoder.layers.{norm}" in keys
+    assert "decoder.final_norm.weight" in keys
+    assert not any("input_layernorm" in key for key in keys)

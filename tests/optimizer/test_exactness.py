@@ -104,7 +104,7 @@ def check_layout(
 
     everything = [place for chunk in wrapped for place in places_of(chunk, layout)]
     model_config = make_config(model, layout, dtype)
-    whole = {p.name: initial_value(p.name, p.shape).to(dtype).float() for p in everything}
+    whole = {p.name: initial_value(p.key, p.shape).to(dtype).float() for p in everything}
     logical = {p.name: m for p in everything if (m := logical_matrices(p, model_config, muon)) is not None}
     matrices = {p.name for p in everything if is_muons(p, muon)}
     oracle = ReferenceVariants({n: w for n, w in whole.items() if n in matrices}, logical, muon)
@@ -206,6 +206,8 @@ LAYOUTS: dict[str, tuple[str, Layout]] = {
     "small buckets": ("odd", Layout(2, ddp=dict(**OVERLAP, bucket_size=700))),
     "learned positions": ("learned", Layout(2)),
     "more ranks than matrices": ("odd", Layout(8, config=dict(num_layers=1))),
+    "hybrid vpp tp2": ("hybrid dense", Layout(4, tp=2, pp=2, vpp=2)),
+    "hybrid ep2 edp2": ("hybrid moe", Layout(4, ep=2)),
 }
 # Parts of "dp3" and "vpp dp2 overlap", which run in `make test`.
 NARROWER = ("dp2", "vpp", "vpp dp2")
