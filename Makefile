@@ -12,7 +12,7 @@ TE_VERSION := 2.20.2
 # TE's torch extension, built for this Python and torch. PyPI has its source only, which takes a quarter of an hour.
 TE_WHEEL ?= $(firstword $(wildcard ../shared/wheels/transformer_engine_torch-$(TE_VERSION)-*.whl))
 
-.PHONY: venv demo ablations test test-fast test-all test-gpu test-te lint bench docs clean
+.PHONY: venv demo ablations test test-fast test-all test-gpu test-te lint bench bench-gpu docs clean
 venv: $(STAMP)
 
 $(STAMP): setup.py
@@ -69,6 +69,10 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# On every GPU of this node: one page with tables and pictures. Without a GPU it is skipped with the reason.
+bench-gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/newton_schulz.py

@@ -22,15 +22,20 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-from megatron_muon.config import MuonConfig
+from benchmarks.devices import DeviceType, start_rank, synchronize
+from megatron_muon.config import ExchangeDtype, MuonConfig
 from megatron_muon.exchange.phases import LABELS
 from megatron_muon.matrices.spec import MatrixSpec, whole
-from megatron_muon.observe.timing.recording import HostClock, Recording, Span, hidden_share
+from megatron_muon.observe.timing.recording import CudaClock, HostClock, Recording, Span, hidden_share
 from megatron_muon.optimizer.sharded_muon import ShardedMuon
 from megatron_muon.plan.build import CostModel, OwnershipPlan, PlanOptions, ShardedMatrix, Slice, build_plan
 
+_DTYPES: dict[DeviceType, ExchangeDtype] = {"cpu": "fp32", "cuda": "bf16"}
 
-def make_plan(world_size: int, matrices: int, size: int, buffer_bytes: int) -> OwnershipPlan:
+
+def make_plan(
+    world_size: int, matrices: int, size: int, buffer_bytes: int, device_type: DeviceType = "cpu"
+) -> OwnershipPlan:
     """Square matrices, each stored in equal parts on all ranks, so that nearly all of it moves."""
     numel = size * size
     sharded = [
@@ -41,32 +46,36 @@ def make_plan(world_size: int, matrices: int, size: int, buffer_bytes: int) -> O
         for i in range(matrices)
     ]
     options = PlanOptions(
-        ns_dtype="fp32",
-        exchange_dtype="fp32",
+        ns_dtype=_DTYPES[device_type],
+        exchange_dtype=_DTYPES[device_type],
         buffer_bytes=buffer_bytes,
         max_team_size=1,
-        cost=CostModel.for_device("cpu"),
+        cost=CostModel.for_device(device_type),
     )
     return build_plan(sharded, [0] * world_size, ns_steps=5, options=options)
 
 
-def measure(rank: int, world_size: int, matrices: int, size: int, buffer_bytes: int, steps: int) -> dict[str, Any]:
+def measure(
+    rank: int, world_size: int, matrices: int, size: int, buffer_bytes: int, steps: int, device: torch.device
+) -> dict[str, Any]:
     """Medians over steps of this rank, and the spans of the last step. Collective; the process group is initialized."""
-    plan = make_plan(world_size, matrices, size, buffer_bytes)
+    device_type: DeviceType = "cuda" if device.type == "cuda" else "cpu"
+    plan = make_plan(world_size, matrices, size, buffer_bytes, device_type)
     held = {i: s for i, m in enumerate(plan.matrices) for s in m.slices if s.rank == rank}
     generator = torch.Generator().manual_seed(rank)
-    slices = {i: torch.nn.Parameter(torch.randn(s.stop - s.start, generator=generator)) for i, s in held.items()}
-    config = MuonConfig(ns_dtype="fp32", exchange_dtype="fp32")
+    values = {i: torch.randn(s.stop - s.start, generator=generator).to(device) for i, s in held.items()}
+    slices = {i: torch.nn.Parameter(value) for i, value in values.items()}
+    config = MuonConfig(ns_dtype=_DTYPES[device_type], exchange_dtype=_DTYPES[device_type])
     optimizer = ShardedMuon(list(slices.values()), lr=0.01, config=config)
-    optimizer.bind(plan, None, slices, torch.device("cpu"))
+    optimizer.bind(plan, None, slices, device)
     for p in slices.values():
-        p.grad = torch.randn(p.shape, generator=generator)
+        p.grad = torch.randn(p.shape, generator=generator).to(device)
     optimizer.step()
 
     rows: dict[str, list[float]] = {"step": [], "in_flight": [], "waiting": [], "hidden": [], "alone": []}
     for _ in range(steps):
         dist.barrier()
-        recording = Recording(HostClock())
+        recording = Recording(CudaClock(device) if device.type == "cuda" else HostClock())
         optimizer.exchange.watch = recording.watch("dense")
         optimizer.step()
         recorded = recording.finish()
@@ -82,7 +91,7 @@ def measure(rank: int, world_size: int, matrices: int, size: int, buffer_bytes: 
         rows["in_flight"].append(sum(b - a for a, b in spans["in_flight"]))
         rows["waiting"].append(sum(b - a for a, b in spans["waiting"]))
         rows["hidden"].append(hidden_share(spans["in_flight"], spans["waiting"]))
-        rows["alone"].append(exchange_alone(optimizer))
+        rows["alone"].append(exchange_alone(optimizer, device))
     medians = {name: statistics.median(values) for name, values in rows.items()}
     return {
         "rank": rank,
@@ -97,26 +106,41 @@ def _seconds(span: Span) -> tuple[float, float]:
     return span.start_ns / 1e9, span.stop_ns / 1e9
 
 
-def exchange_alone(optimizer: ShardedMuon) -> float:
+def exchange_alone(optimizer: ShardedMuon, device: torch.device) -> float:
     """Seconds for the same exchange, one collective after the other, with nothing computed."""
     exchange = optimizer.exchange
     dist.barrier()
+    synchronize(device)
     start = time.perf_counter()
     for transfer in range(exchange.wire.num_transfers):
         exchange.start(transfer)
         exchange.finish(transfer)
+    synchronize(device)
     return time.perf_counter() - start
 
 
-def _main(rank: int, world_size: int, store: str, args: tuple[int, int, int, int]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+def _main(
+    rank: int, world_size: int, store: str, args: tuple[int, int, int, int], device_type: DeviceType = "cpu"
+) -> None:
+    device = start_rank(device_type, rank, world_size, store)
     results: list[Any] = [None] * world_size
-    dist.all_gather_object(results, measure(rank, world_size, *args))
+    dist.all_gather_object(results, measure(rank, world_size, *args, device))
     if rank == 0:
         Path(store + ".json").write_text(json.dumps(results))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def run(
+    ranks: int, matrices: int, size: int, buffer_mb: int, steps: int, device_type: DeviceType = "cpu"
+) -> dict[str, Any]:
+    """The report of processes of its own."""
+    with tempfile.TemporaryDirectory() as directory:
+        store = str(Path(directory) / "store")
+        settings = (matrices, size, buffer_mb * 2**20, steps)
+        multiprocessing.spawn(_main, (ranks, store, settings, device_type), nprocs=ranks)
+        rows = json.loads(Path(store + ".json").read_text())
+    return {"torch": torch.__version__, "matrices": matrices, "size": size, "steps": steps, "ranks": rows}
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -125,7 +149,7 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         "# Overlap",
         "",
-        f"{report['matrices']} matrices of {report['size']} x {report['size']} over {len(report['ranks'])} Gloo ranks, "
+        f"{report['matrices']} matrices of {report['size']} x {report['size']} over {len(report['ranks'])} ranks, "
         f"one thread each, {report['ranks'][0]['rounds']} rounds; medians over {report['steps']} steps, in seconds; "
         f"hidden and waiting_of_alone are shares. torch {report['torch']}.",
         "",
@@ -169,18 +193,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "results")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with tempfile.TemporaryDirectory() as directory:
-        settings = (args.matrices, args.size, args.rounds_mb * 2**20, args.steps)
-        store = str(Path(directory) / "store")
-        multiprocessing.spawn(_main, (args.ranks, store, settings), nprocs=args.ranks)
-        ranks = json.loads(Path(store + ".json").read_text())
-    report = {
-        "torch": torch.__version__,
-        "matrices": args.matrices,
-        "size": args.size,
-        "steps": args.steps,
-        "ranks": ranks,
-    }
+    report = run(args.ranks, args.matrices, args.size, args.rounds_mb, args.steps)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "overlap.json").write_text(json.dumps(report, indent=1) + "\n")
     (args.output / "overlap.md").write_text(markdown(report))

@@ -7,7 +7,8 @@ the distributed optimizer), once with Distributed Muon. Both get the same gradie
 decay, train in bf16 (in fp32 Megatron's fails to start with the distributed optimizer) with fp32 main parameters,
 momentum, exchange and Newton-Schulz, and cut the same logical matrices; after the first step their weights are
 compared. Then their steps alternate, gathering of parameters included: the table has medians over repeats of the
-slowest rank's milliseconds, and of the ratio within a repeat. What else the machine does falls on both.
+slowest rank's milliseconds, and of the ratio within a repeat. What else the machine does falls on both. AdamW, with
+the same distributed optimizer and gradients, is timed in the same turns.
 
 `--growth` instead varies the model's width and the number of ranks, and adds the memory that a step allocates at its
 peak, and the planner's time. Writes step.{md,json,png} or growth.{md,json,png}.
@@ -23,21 +24,31 @@ import statistics
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 
+from benchmarks.devices import DeviceType, milliseconds, peak_bytes, start_rank
+
 RESULTS = Path(__file__).resolve().parent / "results"
 LR, WEIGHT_DECAY, NS_STEPS = 0.01, 0.1, 5
 
-# Float32 sums in other orders through five steps whose slope at zero is 485, relative to the update.
-AGREEMENT = 2e-3
+Optimizer = Literal["ours", "theirs", "adamw"]
+OPTIMIZERS: tuple[Optimizer, ...] = ("ours", "theirs", "adamw")
+
+# Relative to the update. On a CPU: float32 sums in other orders through five steps whose slope at zero is 485. On a GPU
+# both iterate on bf16 products, with errors of 2^-8 each; an update that is wrong differs by about 1.
+PRECISION: dict[DeviceType, str] = {
+    "cpu": "exchange and Newton-Schulz; one thread a rank",
+    "cuda": "bf16 exchange and Newton-Schulz, Megatron's with bf16 products",
+}
+AGREEMENT: dict[DeviceType, float] = {"cpu": 2e-3, "cuda": 0.3}
 
 
 @dataclass(frozen=True)
@@ -149,8 +160,8 @@ def optimizer_settings(**settings: Any) -> Any:
     return OptimizerConfig(**common, **settings, bf16=True, params_dtype=torch.bfloat16)
 
 
-def build(case: Case, *, ours: bool) -> tuple[Any, Any]:
-    """A wrapped model and its optimizer: Distributed Muon or Megatron's. Collective."""
+def build(case: Case, which: Optimizer, device: torch.device) -> tuple[Any, Any]:
+    """A wrapped model and its optimizer: Distributed Muon, Megatron's Muon or AdamW. Collective."""
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import get_megatron_optimizer
     from megatron.training.training import wrap_model_chunks_with_ddp
@@ -161,24 +172,26 @@ def build(case: Case, *, ours: bool) -> tuple[Any, Any]:
 
     # Megatron leaves gate and up together, and Q, K and V apart.
     muon = MuonConfig(
-        ns_dtype="fp32",
-        exchange_dtype="fp32",
+        ns_dtype="fp32" if device.type == "cpu" else "bf16",
+        exchange_dtype="fp32" if device.type == "cpu" else "bf16",
         scale_mode="spectral",
         split_gated=False,
         ns_steps=NS_STEPS,
         ns_method=case.ns_method,  # type: ignore[arg-type]
     )
-    chunks = [bare_model(case)]
+    chunks = [bare_model(case).to(device)]
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
-    if ours:
+    if which == "ours":
         tag_parameters(chunks, muon)
     config = chunks[0].config
     wrapped = wrap_model_chunks_with_ddp(
-        chunks, config, ddp, use_layer_wise_distributed_optimizer=not ours, bucket_sizes=[None]
+        chunks, config, ddp, use_layer_wise_distributed_optimizer=which == "theirs", bucket_sizes=[None]
     )
-    if ours:
-        settings = optimizer_settings(optimizer="adam", use_distributed_optimizer=True)
-        optimizer: Any = get_distributed_muon(settings, wrapped, muon=muon)
+    adam = optimizer_settings(optimizer="adam", use_distributed_optimizer=True)
+    if which == "ours":
+        optimizer: Any = get_distributed_muon(adam, wrapped, muon=muon)
+    elif which == "adamw":
+        optimizer = get_megatron_optimizer(adam, wrapped)
     else:
         settings = optimizer_settings(
             optimizer="muon",
@@ -190,7 +203,7 @@ def build(case: Case, *, ours: bool) -> tuple[Any, Any]:
             muon_num_ns_steps=NS_STEPS,
             muon_scale_mode="spectral",
             muon_tp_mode=case.tp_mode,
-            muon_fp32_matmul_prec="highest",
+            muon_fp32_matmul_prec="highest" if device.type == "cpu" else "medium",
         )
         optimizer = get_megatron_optimizer(settings, wrapped)
     for group in optimizer.param_groups:
@@ -222,31 +235,22 @@ def largest_difference(ours: Any, theirs: Any, before: dict[str, Tensor]) -> flo
     return worst
 
 
-def timed_step(optimizer: Any) -> float:
-    """Milliseconds of a step on the slowest rank. Collective."""
+def timed_step(optimizer: Any, device: torch.device) -> float:
+    """Milliseconds of a step on the slowest rank. Collective.
+
+    Raises:
+        RuntimeError: If the step was skipped.
+    """
+    outcome: list[tuple[bool, Any, Any]] = []
     dist.barrier()
-    start = time.perf_counter()
-    successful, _, _ = optimizer.step()
-    elapsed = torch.tensor(1e3 * (time.perf_counter() - start))
-    if not successful:
+    elapsed = torch.tensor(milliseconds(lambda: outcome.append(optimizer.step()), device), device=device)
+    if not outcome[0][0]:
         raise RuntimeError("optimizer.step skipped the update")
     dist.all_reduce(elapsed, op=dist.ReduceOp.MAX)
     return float(elapsed)
 
 
-def peak_bytes(run: Callable[[], Any]) -> int:
-    """The most that `run` allocates on top of what was there when it began, in this process, by torch's own account."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    total = highest = 0
-    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        total += event.nbytes()
-        highest = max(highest, total)
-    return highest
-
-
-def measure(case: Case, repeats: int) -> dict[str, Any]:
+def measure(case: Case, repeats: int, device: torch.device) -> dict[str, Any]:
     """One row. Collective; the process group is initialized.
 
     Raises:
@@ -261,23 +265,24 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
         expert_tensor_parallel_size=1 if case.model == "moe" else case.tp,
     )
     model_parallel_cuda_manual_seed(1)
-    runs = {name: build(case, ours=name == "ours") for name in ("ours", "theirs")}
+    runs = {name: build(case, name, device) for name in OPTIMIZERS}
     before = {name: p.detach().clone() for name, p in runs["theirs"][0].named_parameters()}
     for model, optimizer in runs.values():
         set_gradients(model, 0)
         optimizer.step()
-    difference = torch.tensor(largest_difference(runs["ours"][0], runs["theirs"][0], before))
+    difference = torch.tensor(largest_difference(runs["ours"][0], runs["theirs"][0], before), device=device)
     dist.all_reduce(difference, op=dist.ReduceOp.MAX)
-    if difference > AGREEMENT:
-        raise RuntimeError(f"{case.name}: the optimizers differ by {difference:.1e} of an update, expected {AGREEMENT}")
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    expected = AGREEMENT["cuda" if device.type == "cuda" else "cpu"]
+    if difference > expected:
+        raise RuntimeError(f"{case.name}: the optimizers differ by {difference:.1e} of an update, expected {expected}")
+    times: dict[Optimizer, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats):
         for name in sorted(runs, reverse=repeat % 2 == 1):
             set_gradients(runs[name][0], repeat + 1)
-            times[name].append(timed_step(runs[name][1]))
+            times[name].append(timed_step(runs[name][1], device))
     peaks = {}
     for name, (_, optimizer) in runs.items():
-        peak = torch.tensor(peak_bytes(optimizer.step))
+        peak = torch.tensor(peak_bytes(optimizer.step, device), device=device)
         dist.all_reduce(peak, op=dist.ReduceOp.MAX)
         peaks[name] = int(peak)
     return {
@@ -286,30 +291,30 @@ def measure(case: Case, repeats: int) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in runs["ours"][0].parameters()),
         "ours_ms": statistics.median(times["ours"]),
         "theirs_ms": statistics.median(times["theirs"]),
+        "adamw_ms": statistics.median(times["adamw"]),
         "ratio": statistics.median(b / a for a, b in zip(times["ours"], times["theirs"], strict=True)),
         "peak_bytes": peaks,
     }
 
 
-def _main(rank: int, case: Case, store: str, repeats: int) -> None:
-    torch.set_num_threads(1)
-    from megatron_muon import cpu
+def _main(rank: int, case: Case, store: str, repeats: int, device_type: DeviceType) -> None:
+    if device_type == "cpu":
+        from megatron_muon import cpu
 
-    cpu.install()
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(case.ranks), LOCAL_RANK=str(rank))
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=case.ranks)
-    row = measure(case, repeats)
+        cpu.install()
+    device = start_rank(device_type, rank, case.ranks, store)
+    row = measure(case, repeats, device)
     if rank == 0:
         Path(store + ".json").write_text(json.dumps(row))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def run(case: Case, repeats: int) -> dict[str, Any]:
+def run(case: Case, repeats: int, device_type: DeviceType = "cpu") -> dict[str, Any]:
     """A case on processes of its own."""
     with tempfile.TemporaryDirectory() as directory:
         store = str(Path(directory) / "store")
-        multiprocessing.spawn(_main, (case, store, repeats), nprocs=case.ranks)
+        multiprocessing.spawn(_main, (case, store, repeats, device_type), nprocs=case.ranks)
         row: dict[str, Any] = json.loads(Path(store + ".json").read_text())
     print(
         f"{case.name}: {row['ours_ms']:.0f} ms, Megatron's {row['theirs_ms']:.0f} ms: {row['ratio']:.2f} x", flush=True
@@ -336,27 +341,50 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         f"# {report['title']}",
         "",
-        "bf16 model, fp32 main parameters, exchange and Newton-Schulz; one thread a rank, "
+        f"bf16 model, fp32 main parameters, {report.get('precision', PRECISION['cpu'])}; "
         f"{report['cores']} cores, {report['processor']}, torch {report['torch']}, megatron-core {report['megatron']}, "
         f"emerging-optimizers {report['emerging']}; medians over {report['repeats']} alternating steps of the slowest "
         "rank; ratio: Megatron's time over ours in a pair. Peak: what a step allocates at most on a rank, MiB. Ranks "
         "beyond the number of cores share them, so that a ratio there compares work, not balance.",
         "",
-        "| case | parameters a rank | ours ms | Megatron's ms | ratio | target | peak ours | peak Megatron's | "
-        "weights differ by |",
-        "|---|" + "---:|" * 8,
+        "| case | parameters a rank | ours ms | Megatron's ms | AdamW's ms | ratio | target | peak ours | "
+        "peak Megatron's | weights differ by |",
+        "|---|" + "---:|" * 9,
     ]
     for row in report["rows"]:
         peaks = [f"{row['peak_bytes'][name] / 2**20:.1f}" for name in ("ours", "theirs")]
         target = f"{row['target']:.2f}" if row["target"] else ""
         cells = [row["name"], f"{row['parameters']:,}", f"{row['ours_ms']:.1f}", f"{row['theirs_ms']:.1f}"]
-        cells += [f"{row['ratio']:.2f}", target, *peaks, f"{row['difference']:.0e} of an update"]
+        cells += [
+            f"{row['adamw_ms']:.1f}" if "adamw_ms" in row else "",
+            f"{row['ratio']:.2f}",
+            target,
+            *peaks,
+            f"{row['difference']:.0e} of an update",
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     if report["planning"]:
         lines += ["", "Planning Kimi K2 (all its stages, ours and the two it is compared with):", ""]
         lines += ["| ranks | seconds |", "|---:|---:|"]
         lines += [f"| {row['ranks']} | {row['seconds']:.2f} |" for row in report["planning"]]
     return "\n".join(lines) + "\n"
+
+
+def report_of(rows: list[dict[str, Any]], repeats: int, title: str) -> dict[str, Any]:
+    """The rows with what they were measured on."""
+    import importlib.metadata
+
+    return {
+        "title": title,
+        "torch": torch.__version__,
+        "megatron": importlib.metadata.version("megatron-core"),
+        "emerging": importlib.metadata.version("emerging-optimizers"),
+        "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "cores": os.cpu_count(),
+        "repeats": repeats,
+        "rows": rows,
+        "planning": [],
+    }
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -381,8 +409,6 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the benchmark and writes its files."""
-    import importlib.metadata
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layouts", nargs="+", help="names of cases (default: all)")
     parser.add_argument("--repeats", type=int, default=7)
@@ -397,17 +423,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of megatron-core's own, at every import
     rows = [run(case, args.repeats) for case in cases if args.layouts is None or case.name in args.layouts]
-    report = {
-        "title": "Cost as the work grows" if args.growth else "The optimizer step against Megatron-Core's Muon",
-        "torch": torch.__version__,
-        "megatron": importlib.metadata.version("megatron-core"),
-        "emerging": importlib.metadata.version("emerging-optimizers"),
-        "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
-        "cores": os.cpu_count(),
-        "repeats": args.repeats,
-        "rows": rows,
-        "planning": planning_times() if args.growth else [],
-    }
+    title = "Cost as the work grows" if args.growth else "The optimizer step against Megatron-Core's Muon"
+    report = report_of(rows, args.repeats, title)
+    if args.growth:
+        report["planning"] = planning_times()
     stem = args.output / ("growth" if args.growth else "step")
     args.output.mkdir(parents=True, exist_ok=True)
     stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")

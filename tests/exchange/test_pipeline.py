@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import overlap
-from benchmarks.step import peak_bytes
+from benchmarks.devices import peak_bytes
 from megatron_muon.config import MuonConfig
 from megatron_muon.exchange.pipeline import pipeline, run_together
 from megatron_muon.observe.timing.recording import hidden_share
@@ -152,8 +152,10 @@ def buffers(rank: int, world_size: int) -> dict[str, Any]:
         for of_round in stacks:
             orthogonalized_updates(of_round, optimizer.muon)
     return dict(
-        step_peak_bytes=peak_bytes(optimizer.step),
-        batch_peak_bytes=max(peak_bytes(partial(orthogonalized_updates, s, optimizer.muon)) for s in stacks),
+        step_peak_bytes=peak_bytes(optimizer.step, torch.device("cpu")),
+        batch_peak_bytes=max(
+            peak_bytes(partial(orthogonalized_updates, s, optimizer.muon), torch.device("cpu")) for s in stacks
+        ),
         rounds=len(plan.rounds),
         made=made,
         made_by_newton_schulz=allocations.numel,
@@ -176,7 +178,7 @@ def test_buffers_are_kept_and_bounded() -> None:
 
 def test_overlap_is_measured() -> None:
     """The measurement itself; how much is hidden depends on the machine and is the benchmark's."""
-    for rank, result in enumerate(run_ranks(overlap.measure, 2, 8, 64, ROUNDS_BYTES, 2)):
+    for rank, result in enumerate(run_ranks(overlap.measure, 2, 8, 64, ROUNDS_BYTES, 2, torch.device("cpu"))):
         assert result["rank"] == rank and result["rounds"] >= 3
         assert 0.0 <= result["hidden"] <= 1.0
         assert result["in_flight"] > 0.0 and result["waiting"] <= result["step"]

@@ -18,10 +18,18 @@ from tests.optimizer.test_sharded_muon import CONFIGS, Case, reference, train
 TOLERANCE = 1e-4
 
 
-def worst_difference(rank: int, world_size: int, device: str) -> float:
-    """Of any weight after three steps, over ranks; in fp32 and with bf16 messages, in one round and in three."""
+def cases_of(world_size: int) -> list[Case]:
+    """In fp32 and with bf16 messages, in one round and in three; with stacked matrices; and with teams."""
     cases = [Case(world_size, i, config, rounds) for i, config in enumerate(CONFIGS[:2]) for rounds in (1, 3)]
     cases.append(dataclasses.replace(cases[0], config=dataclasses.replace(CONFIGS[0], batched=True)))
+    if world_size > 1:
+        cases += [dataclasses.replace(case, teams=True) for case in cases[:2]]
+    return cases
+
+
+def worst_difference(rank: int, world_size: int, device: str) -> float:
+    """Of any weight after three steps, over ranks and `cases_of`."""
+    cases = cases_of(world_size)
     worst = torch.zeros((), device=device)
     for case, result in zip(cases, train(rank, world_size, cases, torch.device(device)), strict=True):
         oracle = reference(case)

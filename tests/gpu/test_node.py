@@ -12,11 +12,14 @@ import pytest
 import torch
 
 from tests.distributed import run_ranks
-from tests.gpu.node import TOLERANCE, worst_difference
+from tests.gpu.node import TOLERANCE, cases_of, worst_difference
 from tests.paths import ROOT
 
 
 def test_the_check_itself_on_a_cpu() -> None:
+    plans = [case.plan() for case in cases_of(2)]
+    stages = [max(plan.team_stages(r) for r in range(len(plan.rounds))) for plan in plans]
+    assert [count > 0 for count in stages] == [False] * 5 + [True] * 2
     for difference in run_ranks(worst_difference, 2, "cpu"):
         # Stacked matrices alone round in another way than the reference.
         assert difference < TOLERANCE

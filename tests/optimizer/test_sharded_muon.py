@@ -54,12 +54,13 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Case:
-    """One way to spread the parameters over ranks, and the settings to train them with."""
+    """One way to spread the parameters over ranks, and the settings to train them with; with a team, if asked for."""
 
     world_size: int
     seed: int
     config: MuonConfig = EXACT
     rounds: int = 1
+    teams: bool = False
 
     def plan(self) -> OwnershipPlan:
         """Each parameter cut at random positions between ranks in random order."""
@@ -72,6 +73,9 @@ class Case:
             slices = tuple(Slice(r, a, b) for r, a, b in zip(ranks, edges, edges[1:]) if a < b)
             matrices.append(ShardedMatrix(MatrixSpec(name, shape, 1, None, PARTS.get(name, whole(shape[0]))), slices))
         plan = build_plan(matrices, [0] * self.world_size, ns_steps=self.config.ns_steps)
+        if self.teams:
+            # The first matrix, of 8 rows, by as many ranks as there are rows, or by all.
+            plan = dataclasses.replace(plan, owners=((tuple(range(min(self.world_size, 8))),), *plan.owners[1:]))
         members = tuple(range(len(matrices)))
         return dataclasses.replace(plan, rounds=tuple(members[r :: self.rounds] for r in range(self.rounds)))
 
