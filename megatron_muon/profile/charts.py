@@ -26,46 +26,40 @@ _CONFIG = {
 }
 
 
-@dataclass(frozen=True)
-class Series:
-    """One line of a chart.
-
-    Attributes:
-        label: Text at its end.
-        points: Step -> (value, lowest, highest); the last two are drawn as a band.
-        dashed: Whether the line is dashed.
-    """
-
-    label: str
-    points: Mapping[int, tuple[float, float, float]]
-    dashed: bool = False
+Points = Mapping[int, tuple[float, float, float]]
+"""Step -> (value, lowest, highest); the last two are drawn as a band."""
 
 
 def lines(
-    title: str, series: Sequence[Series], *, expected: float | Sequence[float] | None = None, height: int = 220
+    title: str,
+    series: Sequence[tuple[str, Points]],
+    *,
+    expected: float | Sequence[float] | None = None,
+    height: int = 220,
 ) -> dict[str, Any]:
     """Lines over whole steps, labelled at their ends; hovering shows all values of a step.
 
     Args:
         title: What the values are; the axis' title.
-        series: Lines, each with at least one point.
+        series: Lines: the label at the end, and at least one point.
         expected: A value that is drawn as a line, or two ends of a range that is drawn as a band; None: neither.
         height: Height in pixels; more if the labels need it. Small charts have no title beside their axis.
     """
     height = max(height, _LABEL_PX * (len(series) + 2))
     wanted = [] if expected is None else [float(expected)] if isinstance(expected, int | float) else [*expected]
-    values = [v for s in series for point in s.points.values() for v in point]
+    values = [v for _, points in series for point in points.values() for v in point]
     scale = _Scale.over([*values, *wanted], height)
     colors = list(islice(cycle(PALETTE), len(series)))
     rows = [
         {"step": step, "series": f"s{i}", "value": _short(v), "low": _short(low), "high": _short(high)}
-        for i, s in enumerate(series)
-        for step, (v, low, high) in _thinned(s.points)
+        for i, (_, points) in enumerate(series)
+        for step, (v, low, high) in _thinned(points)
     ]
-    ends = [(max(s.points), s.points[max(s.points)][0]) for s in series]
+    last = max(max(points) for _, points in series)
+    heights = scale.spread([points[max(points)][0] for _, points in series])
     labels = [
-        {"step": max(step for step, _ in ends), "value": value, "label": s.label, "series": f"s{i}"}
-        for i, (s, value) in enumerate(zip(series, scale.spread([value for _, value in ends]), strict=True))
+        {"step": last, "value": height, "label": label, "series": f"s{i}"}
+        for i, ((label, _), height) in enumerate(zip(series, heights, strict=True))
     ]
     x = {"field": "step", "type": "quantitative", "title": "step", "scale": {"nice": False, "zero": False}}
     x["axis"] = {
@@ -81,10 +75,10 @@ def lines(
         y["title"] = None
     domain = [f"s{i}" for i in range(len(series))]
     color = {"field": "series", "type": "nominal", "legend": None, "scale": {"domain": domain, "range": colors}}
-    dashes = [[5, 4] if s.dashed or i >= len(PALETTE) else [1, 0] for i, s in enumerate(series)]
+    dashes = [[5, 4] if i >= len(PALETTE) else [1, 0] for i in range(len(series))]
     dash = {"field": "series", "type": "nominal", "legend": None, "scale": {"domain": domain, "range": dashes}}
     tooltip = [{"field": "step", "title": "step", "format": "d"}]
-    tooltip += [{"field": f"s{i}", "title": s.label, "format": ".4~g"} for i, s in enumerate(series)]
+    tooltip += [{"field": f"s{i}", "title": label, "format": ".4~g"} for i, (label, _) in enumerate(series)]
     hover = {"name": "hover", "select": {"type": "point", "fields": ["step"], "nearest": True, "on": "pointermove"}}
     return {
         **_chart(f"{title} by step", height),
@@ -114,44 +108,30 @@ def lines(
     }
 
 
-def timeline(spans: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What each rank did in a step, and below it the collectives in flight.
+def bars(title: str, spans: Sequence[Mapping[str, Any]], *, begins: bool = True) -> dict[str, Any]:
+    """Spans of time in rows, colored by phase; hovering shows their length.
 
     Args:
+        title: What is shown.
         spans: `lane` (name of the row), `phase`, `start` and `stop` (ms), in the order of the rows.
+        begins: Whether a reader wants to know when a span began.
     """
     lanes = list(dict.fromkeys(span["lane"] for span in spans))
     rows = [{**span, "ms": _short(span["stop"] - span["start"])} for span in spans]
-    names = [{"field": "phase", "title": "phase"}, {"field": "ms", "title": "ms", "format": ".3~f"}]
-    begin = {"field": "start", "type": "quantitative", "title": "ms", "axis": {"grid": False}}
+    tooltip = [{"field": "lane", "title": "of"}, {"field": "phase"}, {"field": "ms", "format": ".3~f"}]
+    tooltip += [{"field": "start", "title": "begins at, ms", "format": ".3~f"}] if begins else []
+    domain = [name for name in SHOWN if name in {span["phase"] for span in spans}]
+    colors = {"domain": domain, "range": [SHOWN[name].color for name in domain]}
     return {
-        **_chart("What each rank did in one step", 24 * len(lanes) + 10),
+        **_chart(title, 24 * len(lanes) + 10),
         "data": {"values": rows},
         "mark": {"type": "bar", "height": {"band": 0.8}},
         "encoding": {
-            "x": begin,
+            "x": {"field": "start", "type": "quantitative", "title": "ms", "axis": {"grid": False}},
             "x2": {"field": "stop"},
             "y": {"field": "lane", "type": "nominal", "sort": lanes, "title": None, "axis": {"grid": False}},
-            "color": _phase_color({span["phase"] for span in spans}),
-            "tooltip": [*names, {"field": "start", "title": "begins at, ms", "format": ".3~f"}],
-        },
-    }
-
-
-def stacked(rows: Sequence[tuple[str, str, float]]) -> dict[str, Any]:
-    """A step's time of each rank, divided into phases: (rank, phase, ms)."""
-    ranks, order = list(dict.fromkeys(rank for rank, *_ in rows)), list(SHOWN)
-    values = [{"rank": r, "phase": p, "ms": _short(ms), "order": order.index(p)} for r, p, ms in rows]
-    return {
-        **_chart("Where the time of each rank goes", 24 * len(ranks) + 10),
-        "data": {"values": values},
-        "mark": {"type": "bar", "height": {"band": 0.8}},
-        "encoding": {
-            "x": {"field": "ms", "type": "quantitative", "stack": "zero", "title": "ms", "axis": {"grid": False}},
-            "y": {"field": "rank", "type": "nominal", "sort": ranks, "title": None, "axis": {"grid": False}},
-            "order": {"field": "order"},
-            "color": _phase_color({phase for _, phase, _ in rows}),
-            "tooltip": [{"field": "rank"}, {"field": "phase"}, {"field": "ms", "format": ".3~f"}],
+            "color": {"field": "phase", "type": "nominal", "legend": None, "scale": colors},
+            "tooltip": tooltip,
         },
     }
 
@@ -159,16 +139,6 @@ def stacked(rows: Sequence[tuple[str, str, float]]) -> dict[str, Any]:
 def _chart(description: str, height: int) -> dict[str, Any]:
     fit = {"type": "fit-x", "contains": "padding", "resize": True}
     return {"description": description, "width": "container", "height": height, "autosize": fit, "config": _CONFIG}
-
-
-def _phase_color(present: set[str]) -> dict[str, Any]:
-    domain = [name for name in SHOWN if name in present]
-    return {
-        "field": "phase",
-        "type": "nominal",
-        "legend": None,
-        "scale": {"domain": domain, "range": [SHOWN[name].color for name in domain]},
-    }
 
 
 def _if_hovered(opacity: float) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_muon.profile import inspector, report_command
-from megatron_muon.profile.settings import BACKENDS, COLLECTIVES, GROUP_KINDS, LinkSettings
+from megatron_muon.profile.settings import BACKENDS, GROUP_KINDS, LinkSettings
 
 _SUFFIXES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
@@ -71,13 +71,12 @@ def _add_links_parser(subparsers: Any) -> None:
     add(layout, "--instances", type=int, metavar="N", help="distributed-optimizer instances")
     what = parser.add_argument_group("what to measure")
     add(what, "--groups", nargs="+", choices=GROUP_KINDS, help="None: all of more than one rank")
-    add(what, "--collectives", nargs="*", choices=COLLECTIVES, help="collectives that are swept over sizes")
     add(what, "--model", help="model whose plan is replayed, as for `megatron_muon plan`")
     add(what, "--exchange-dtype", help="dtype of the model's exchange, bf16 or fp32; None: Muon's default")
     add(what, "--transfers", type=int, metavar="N", help="measure the N transfers of the plan that move most")
     add(what, "--pair-bytes", type=size_bytes, metavar="SIZE", help="between every two ranks; 0: leave them out")
     how = parser.add_argument_group("how, with nccl-tests' letters")
-    add(how, "-b", "--min-bytes", type=size_bytes, metavar="SIZE", help="smallest size")
+    add(how, "-b", "--min-bytes", type=size_bytes, metavar="SIZE", help="smallest size of an all-to-all")
     add(how, "-e", "--max-bytes", type=size_bytes, metavar="SIZE", help="largest size")
     add(how, "-w", "--warmup", type=int, metavar="N", help="calls before those that are timed")
     add(how, "-n", "--iterations", type=int, metavar="N", help="calls that are timed")
@@ -89,8 +88,7 @@ def _run_links(args: argparse.Namespace) -> int:
     from megatron_muon.profile import links_command
 
     values = {key: value for key, value in vars(args).items() if key != "run"}
-    for name in ("groups", "collectives"):
-        values[name] = None if values[name] is None else tuple(values[name])
+    values["groups"] = None if values["groups"] is None else tuple(values["groups"])
     try:
         settings = LinkSettings(**values)
     except ValueError as error:

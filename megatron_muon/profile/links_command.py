@@ -19,7 +19,7 @@ from megatron_muon.config import MuonConfig
 from megatron_muon.estimate.stages import Layout
 from megatron_muon.observe.console import console, print_list, table
 from megatron_muon.plan.links_file import LinkFigures, MeasuredLinks
-from megatron_muon.profile.measure import Meter, Timing
+from megatron_muon.profile.measure import SWEEP, Meter, Timing
 from megatron_muon.profile.pairs import SUSPICIOUS, Pairs, measure_pairs
 from megatron_muon.profile.process_groups import (
     Groups,
@@ -56,7 +56,7 @@ class Found:
     """What was measured; the same on all ranks.
 
     Attributes:
-        timings: Collectives, those of a plan's exchange first.
+        timings: All-to-alls, those of a plan's exchange first.
         pairs: Every two ranks; None if they were left out.
         links: The content of the planner's file.
     """
@@ -106,8 +106,7 @@ def prepare(settings: LinkSettings, world_size: int) -> Request:
     kinds = choose_kinds(layout, settings.groups)
     sizes = group_sizes(layout)
     for kind in kinds:
-        for collective in settings.collectives:
-            settings.counts(collective, sizes[kind])
+        settings.counts(sizes[kind])
     traffic: list[Traffic] = []
     if settings.model is not None:
         if not {"tp_dp", "expert_tp_dp"} & set(kinds):
@@ -173,9 +172,8 @@ def measure(settings: LinkSettings, request: Request, device: torch.device) -> F
         over = next((g for g in groups if kind in g.kinds), None)
         if over is not None and traffic:
             timings += meter.exchange(over, traffic, settings.transfers)
-    for collective in settings.collectives:
-        for over in groups:
-            timings += meter.sweep(over, collective)
+    for over in groups:
+        timings += meter.sweep(over)
     pairs = measure_pairs(meter, settings.pair_bytes, tuple(hosts)) if settings.pair_bytes else None
     launches: list[float] = [0.0] * len(hosts)
     dist.all_gather_object(launches, meter.launch_us())
@@ -200,7 +198,7 @@ def links_of(
     order = sorted(groups, key=lambda g: ("tp_dp" not in g.kinds, "expert_tp_dp" not in g.kinds, -g.world_size))
     for over in order:
         spans = any(len({hosts[rank] for rank in ranks}) > 1 for ranks in over.ranks)
-        own = [t for t in timings if t.groups == over.name and t.what == "all_to_all"]
+        own = [t for t in timings if t.groups == over.name and t.what == SWEEP]
         if spans not in figures and over.world_size > 1 and own:
             largest, smallest = (pick(own, key=lambda t: t.sizes_bytes[0]) for pick in (max, min))
             figures[spans] = LinkFigures(min(largest.group_busbw), smallest.slowest_us)

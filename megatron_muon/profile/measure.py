@@ -1,8 +1,8 @@
-"""Times collectives over groups of ranks. Every rank of the world calls everything here in the same order.
+"""Times all-to-alls over groups of ranks. Every rank of the world calls everything here in the same order.
 
-Bandwidths are those of nccl-tests (doc/PERFORMANCE.md there): algbw is size over time; busbw is algbw times 2(n-1)/n
-for all_reduce and (n-1)/n for the others, so that it can be compared with the nominal rate of a link. Whether a library
-computes its collectives correctly is for nccl-tests; here they are only timed.
+Bandwidths are those of nccl-tests (doc/PERFORMANCE.md there): algbw is size over time; busbw is algbw times (n-1)/n, so
+that it can be compared with the nominal rate of a link. Whether a library computes its collectives correctly, and what
+its other collectives reach, is for nccl-tests.
 """
 
 from __future__ import annotations
@@ -15,24 +15,23 @@ import torch
 import torch.distributed as dist
 
 from megatron_muon.profile.process_groups import Groups
-from megatron_muon.profile.settings import ELEMENT_BYTES, Collective, LinkSettings
+from megatron_muon.profile.settings import ELEMENT_BYTES, LinkSettings
 from megatron_muon.profile.traffic import Traffic, busiest_bytes
 
-# torch renamed these two in 2.14, and warns about the old names.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+SWEEP = "all_to_all"
+"""What `Meter.sweep` measures, as tables name it."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """A collective of one size over all groups of a kind.
+    """An all-to-all of one size over all groups of a kind.
 
     Attributes:
         groups: Name of the groups.
         ranks: Global ranks of each group that took part.
-        what: Name of the collective; for an exchange, the round and the direction.
-        sizes_bytes: Size of each group's collective, as nccl-tests counts it; of an exchange, the most that a rank of
-            the group sends or receives.
+        what: `SWEEP`, or the transfer of a plan.
+        sizes_bytes: Size of each group's all-to-all, as nccl-tests counts it; with uneven splits, the most that a rank
+            of the group sends or receives.
         rank_us: For each global rank, mean time of a call in microseconds; None if the rank took no part.
     """
 
@@ -58,8 +57,7 @@ class Timing:
         out = []
         for ranks, size in zip(self.ranks, self.sizes_bytes, strict=True):
             slowest = max(us for rank in ranks if (us := self.rank_us[rank]) is not None)
-            factor = (2 if self.what == "all_reduce" else 1) * (len(ranks) - 1) / len(ranks)
-            out.append(size * factor / slowest / 1e3)
+            out.append(size * (len(ranks) - 1) / len(ranks) / slowest / 1e3)
         return tuple(out)
 
 
@@ -75,14 +73,13 @@ class Meter:
     settings: LinkSettings
     device: torch.device
 
-    def sweep(self, groups: Groups, collective: Collective) -> Iterator[Timing]:
-        """Measures a collective at each size of the settings."""
-        size = groups.world_size
-        for count in self.settings.counts(collective, size):
-            whole = count * (1 if collective == "all_reduce" else size)
-            call = self._call(collective, count, size, groups.group)
-            sizes = (whole * ELEMENT_BYTES,) * len(groups.ranks)
-            yield Timing(groups.name, groups.ranks, collective, sizes, self._gather(self.time_us(call, groups.group)))
+    def sweep(self, groups: Groups) -> Iterator[Timing]:
+        """Measures an all-to-all with equal splits at each size of the settings."""
+        for count in self.settings.counts(groups.world_size):
+            send = torch.zeros(count * groups.world_size, device=self.device)
+            sizes = (send.numel() * ELEMENT_BYTES,) * len(groups.ranks)
+            us = self._all_to_all_us(send, torch.empty_like(send), None, None, groups.group)
+            yield Timing(groups.name, groups.ranks, SWEEP, sizes, self._gather(us))
 
     def exchange(self, groups: Groups, traffic: Sequence[Traffic], most: int) -> Iterator[Timing]:
         """Measures the transfers that move most.
@@ -103,7 +100,12 @@ class Meter:
             there = [t for t in traffic if index < len(t.transfers)]
             us = None
             if own in there and own is not None:
-                us = self.time_us(self._replay(own, index, groups.group), groups.group)
+                matrix, place = own.transfers[index], own.ranks.index(dist.get_rank())
+                sent, received = list(matrix[place]), [row[place] for row in matrix]
+                send, receive = (
+                    torch.zeros(sum(splits), dtype=torch.uint8, device=self.device) for splits in (sent, received)
+                )
+                us = self._all_to_all_us(send, receive, sent, received, groups.group)
             yield Timing(
                 groups.name,
                 tuple(t.ranks for t in there),
@@ -112,27 +114,15 @@ class Meter:
                 self._gather(us),
             )
 
-    def _replay(self, own: Traffic, index: int, group: dist.ProcessGroup | None) -> Callable[[], object]:
-        matrix, place = own.transfers[index], own.ranks.index(dist.get_rank())
-        sent, received = list(matrix[place]), [row[place] for row in matrix]
-        send, receive = self._bytes(sum(sent)), self._bytes(sum(received))
-        return lambda: dist.all_to_all_single(receive, send, received, sent, group=group)
-
-    def _call(
-        self, collective: Collective, count: int, size: int, group: dist.ProcessGroup | None
-    ) -> Callable[[], object]:
-        whole = torch.zeros(count * size, device=self.device)
-        part, other = whole[:count].clone(), torch.zeros_like(whole)
-        calls: dict[Collective, Callable[[], object]] = {
-            "all_to_all": lambda: dist.all_to_all_single(other, whole, group=group),
-            "all_gather": lambda: _all_gather(whole, part, group=group),
-            "reduce_scatter": lambda: _reduce_scatter(part, whole, group=group),
-            "all_reduce": lambda: dist.all_reduce(part, group=group),
-        }
-        return calls[collective]
-
-    def _bytes(self, numel: int) -> torch.Tensor:
-        return torch.zeros(numel, dtype=torch.uint8, device=self.device)
+    def _all_to_all_us(
+        self,
+        send: torch.Tensor,
+        receive: torch.Tensor,
+        sent: list[int] | None,
+        received: list[int] | None,
+        group: dist.ProcessGroup,
+    ) -> float:
+        return self.time_us(lambda: dist.all_to_all_single(receive, send, received, sent, group=group), group)
 
     def _gather(self, us: float | None) -> tuple[float | None, ...]:
         gathered: list[float | None] = [None] * dist.get_world_size()
@@ -145,23 +135,21 @@ class Meter:
             call()
         self._synchronize()
         dist.barrier(group)
-        self._synchronize()
-        start = time.perf_counter_ns()
-        for _ in range(self.settings.iterations):
-            call()
-        self._synchronize()
-        return (time.perf_counter_ns() - start) / self.settings.iterations / 1e3
+        return self._mean_us(call, self.settings.iterations)
 
-    def launch_us(self, launches: int = 1000) -> float:
+    def launch_us(self) -> float:
         """Time that a small kernel adds to this rank's stream, in microseconds."""
         small = torch.zeros(16, device=self.device)
         small.add_(1.0)
+        return self._mean_us(lambda: small.add_(1.0), 1000)
+
+    def _mean_us(self, call: Callable[[], object], iterations: int) -> float:
         self._synchronize()
         start = time.perf_counter_ns()
-        for _ in range(launches):
-            small.add_(1.0)
+        for _ in range(iterations):
+            call()
         self._synchronize()
-        return (time.perf_counter_ns() - start) / launches / 1e3
+        return (time.perf_counter_ns() - start) / iterations / 1e3
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_muon.observe.metric_names import by_layer_kind, layer_kind
@@ -12,7 +12,7 @@ from megatron_muon.observe.page import Charts, details, items, page, paragraph, 
 from megatron_muon.observe.timing.shown import SHOWN
 from megatron_muon.profile import charts as draw
 from megatron_muon.profile.merge import Merged, shown_spans
-from megatron_muon.profile.run_files import LOSSES, RunFiles
+from megatron_muon.profile.run_files import RunFiles
 from megatron_muon.profile.stands_out import short_name, stands_out
 
 # Metric -> heading, what it says.
@@ -57,10 +57,12 @@ def make_page(runs: Sequence[RunFiles], *, step: int | None = None) -> str:
         ValueError: If `step` was not profiled, or charts cannot be made.
     """
     charts = Charts()
-    sections = [*_loss_sections(runs, charts), *_metric_sections(runs, charts), *_rank_sections(runs, charts)]
+    sections = list(_curve_sections(runs, charts))
     for number, run in enumerate(runs):
         if run.profile is not None:
-            sections.append(_profile_section(run, run.profile, number, len(runs) > 1, step, charts))
+            key, name = (f"profile{number}", f": {run.name}") if len(runs) > 1 else ("profile", "")
+            heading = f"Where the time of a step goes{name}"
+            sections.append((key, heading, section(key, heading, *_profile(run.profile, step, charts))))
     if step is not None and all(run.profile is None for run in runs):
         raise ValueError(f"--step: got {step}, expected a run that was trained with --muon-profile")
     title = " and ".join(run.name for run in runs)
@@ -126,60 +128,116 @@ def _bottleneck(run: RunFiles) -> str:
     return f"<h3>Where the time goes, and what to do</h3>{found}"
 
 
-# -- losses and metrics ----------------------------------------------------------------------------------------------
+# -- curves ----------------------------------------------------------------------------------------------------------
+
+Curves = Mapping[str, draw.Points]
+"""Label -> points of a line, at least one."""
 
 
-def _loss_sections(runs: Sequence[RunFiles], charts: Charts) -> list[Section]:
+def _curve_sections(runs: Sequence[RunFiles], charts: Charts) -> Iterator[Section]:
+    """Losses, metrics of matrices, attention logits and ranks, each if there is something to show.
+
+    A run alone has a chart with a line for each label; of several runs, each label has a chart with a line for each.
+    """
     several = len(runs) > 1
-    series = {
-        title: [
-            draw.Series(run.name if several else title.split()[0].lower(), _points(run.losses[title]))
-            for run in runs
-            if title in run.losses
-        ]
-        for title in LOSSES.values()
-    }
-    if not any(series.values()):
-        return []
+    losses = {run.name: _points(run.losses) for run in runs}
     if several:
-        shown = [f"<h3>{title}</h3>{charts.add(draw.lines(title, own))}" for title, own in series.items() if own]
+        chart = _grid(losses, charts, height=220)
     else:
-        both = [line for own in series.values() for line in own]
-        shown = [charts.add(draw.lines("loss", both))]
-    return [_section("loss", "Loss", *shown)]
-
-
-def _points(curve: Mapping[int, float]) -> dict[int, tuple[float, float, float]]:
-    return {step: (value, value, value) for step, value in curve.items() if math.isfinite(value)}
-
-
-def _section(key: str, heading: str, *content: str) -> Section:
-    return key, heading, section(key, heading, *content)
-
-
-def _metric_sections(runs: Sequence[RunFiles], charts: Charts) -> list[Section]:
-    out = []
+        named = [(title.split()[0].lower(), points) for title, points in losses[runs[0].name].items()]
+        chart = _lines("loss", named, charts)
+    yield from _section("loss", "Loss", "", chart)
     for metric, (heading, meaning) in _METRICS.items():
-        by_kind = {run.name: _by_kind(run.records, metric) for run in runs}
-        by_kind = {name: kinds for name, kinds in by_kind.items() if kinds}
-        if by_kind:
-            shown = _compared(by_kind, heading, runs, metric, charts) if len(runs) > 1 else _alone(
-                next(iter(by_kind.values())), heading, runs[0], metric, charts
-            )  # fmt: skip
-            out.append(_section(metric, heading, paragraph(meaning), *shown))
-    return out
+        kinds = {run.name: _by_kind(run.records, metric) for run in runs}
+        expected = _expected(runs, metric)
+        if several:
+            means = [(name, _mean(own)) for name, own in kinds.items() if own]
+            chart = _lines(f"{heading}, mean", means, charts, expected)
+            more = details("Each kind of layer", _grid(kinds, charts, expected))
+        else:
+            named = [(short_name(kind), points) for kind, points in kinds[runs[0].name].items()]
+            chart, more = _lines(heading, named, charts, expected), _extremes(runs[0].records, metric)
+        yield from _section(metric, heading, meaning, chart, more)
+    spent = {run.name: _points(_of_runs(run.records)) for run in runs}
+    logits = [
+        (run if several else _layer(label), points)
+        for run, curves in spent.items()
+        for label, points in curves.items()
+        if label == _LOGITS or (not several and label.startswith(f"{_LOGITS}/"))
+    ]
+    meaning = "Largest finite logit of all layers since the last logged step, and of each attention layer."
+    yield from _section("logits", "Largest attention logits", meaning, _lines("logit", logits, charts))
+    others = {
+        run: {label.replace("_", " "): p for label, p in curves.items() if "/" not in label and label != _LOGITS}
+        for run, curves in spent.items()
+    }
+    meaning = "What the slowest or busiest rank spent in a logged step, and its ratio to the mean of all ranks."
+    yield from _section("ranks", "Ranks in logged steps", meaning, _grid(others, charts, height=110))
 
 
-Points = dict[int, tuple[float, float, float]]
+def _section(key: str, heading: str, meaning: str, charts: str, more: str = "") -> Iterator[Section]:
+    """A section, unless it has no charts."""
+    if charts:
+        content = paragraph(meaning) if meaning else ""
+        yield key, heading, section(key, heading, content, charts, more)
 
 
-def _by_kind(records: Sequence[Mapping[str, Any]], metric: str) -> dict[str, Points]:
+def _lines(
+    title: str, curves: Sequence[tuple[str, draw.Points]], charts: Charts, expected: Any = None, height: int = 220
+) -> str:
+    """A chart with a line for each (label, points); empty without any."""
+    return charts.add(draw.lines(title, curves, expected=expected, height=height)) if curves else ""
+
+
+def _grid(by_run: Mapping[str, Curves], charts: Charts, expected: Any = None, height: int = 130) -> str:
+    """A chart for each label, with a line for each run; empty without any."""
+    shown = []
+    for label in sorted({label for curves in by_run.values() for label in curves}):
+        own = [(run if len(by_run) > 1 else "", curves[label]) for run, curves in by_run.items() if label in curves]
+        chart = _lines(short_name(label), own, charts, expected, height)
+        shown.append(f"<div><h3>{text(label)}</h3>{chart}</div>")
+    return f'<div class="grid">{"".join(shown)}</div>' if shown else ""
+
+
+def _points(curves: Mapping[str, Mapping[int, float]]) -> Curves:
+    """Label -> points of the finite values, where there are any."""
+    finite = {
+        label: {step: (value, value, value) for step, value in curve.items() if math.isfinite(value)}
+        for label, curve in curves.items()
+    }
+    return {label: points for label, points in finite.items() if points}
+
+
+def _by_kind(records: Sequence[Mapping[str, Any]], metric: str) -> Curves:
     """Kind of layer -> step -> (mean, least, largest) over layers and experts."""
-    out: dict[str, Points] = {}
+    out: dict[str, dict[int, tuple[float, float, float]]] = {}
     for record in records:
         for kind, values in by_layer_kind(record["matrices"], metric).items():
             out.setdefault(kind, {})[record["step"]] = (math.fsum(values) / len(values), min(values), max(values))
     return dict(sorted(out.items()))
+
+
+def _mean(kinds: Curves) -> draw.Points:
+    """The mean over all kinds that have a step."""
+    at: dict[int, list[float]] = {}
+    for points in kinds.values():
+        for step, (value, *_) in points.items():
+            at.setdefault(step, []).append(value)
+    return {step: (math.fsum(v) / len(v),) * 3 for step, v in sorted(at.items())}
+
+
+def _of_runs(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, float]]:
+    """Name of a number of the whole run -> step -> value."""
+    out: dict[str, dict[int, float]] = {}
+    for record in records:
+        for name, value in record["run"].items():
+            out.setdefault(name, {})[record["step"]] = value
+    return dict(sorted(out.items()))
+
+
+def _layer(label: str) -> str:
+    layer = label.partition("/")[2].removeprefix("decoder.")
+    return layer.removesuffix(".self_attention").removesuffix(".core_attention") or "all"
 
 
 def _expected(runs: Sequence[RunFiles], metric: str) -> Any:
@@ -188,21 +246,10 @@ def _expected(runs: Sequence[RunFiles], metric: str) -> Any:
     return next(iter(found.values())) if len(found) == 1 else None
 
 
-def _alone(kinds: Mapping[str, Points], heading: str, run: RunFiles, metric: str, charts: Charts) -> list[str]:
-    series = [draw.Series(short_name(kind), points) for kind, points in kinds.items()]
-    chart = charts.add(draw.lines(heading, series, expected=_expected([run], metric)))
-    last = run.records[-1]
-    rows = _extremes(last, metric)
-    if not rows:
-        return [chart]
-    numbers = ("matrices", "least", "mean", "largest")
-    cells = table(("kind of layer", *numbers, "matrix with the largest"), rows, numbers=numbers)
-    return [chart, details(f"Values of step {last['step']}", cells)]
-
-
-def _extremes(record: Mapping[str, Any], metric: str) -> list[tuple[str, int, str, str, str, str]]:
+def _extremes(records: Sequence[Mapping[str, Any]], metric: str) -> str:
+    """A table of the last record's values, folded away; empty without values."""
     named: dict[str, list[tuple[float, str]]] = {}
-    for name, values in record["matrices"].items():
+    for name, values in records[-1]["matrices"].items() if records else ():
         if metric in values and math.isfinite(values[metric]):
             named.setdefault(layer_kind(name), []).append((values[metric], name))
     rows = []
@@ -210,112 +257,41 @@ def _extremes(record: Mapping[str, Any], metric: str) -> list[tuple[str, int, st
         mean = math.fsum(value for value, _ in found) / len(found)
         (least, _), (most, which) = min(found), max(found)
         rows.append((kind, len(found), f"{least:.4g}", f"{mean:.4g}", f"{most:.4g}", which))
-    return rows
-
-
-def _compared(
-    by_run: Mapping[str, Mapping[str, Points]], heading: str, runs: Sequence[RunFiles], metric: str, charts: Charts
-) -> list[str]:
-    """The mean over all kinds of each run, and below it a small chart for each kind."""
-    expected = _expected(runs, metric)
-    means = []
-    for name, kinds in by_run.items():
-        steps = sorted({step for points in kinds.values() for step in points})
-        at = {step: [points[step][0] for points in kinds.values() if step in points] for step in steps}
-        means.append(draw.Series(name, _points({step: math.fsum(v) / len(v) for step, v in at.items()})))
-    whole = charts.add(draw.lines(f"{heading}, mean", means, expected=expected))
-    small = []
-    for kind in sorted({kind for kinds in by_run.values() for kind in kinds}):
-        series = [draw.Series(name, kinds[kind]) for name, kinds in by_run.items() if kind in kinds]
-        chart = charts.add(draw.lines(short_name(kind), series, expected=expected, height=130))
-        small.append(f"<div><h3>{text(kind)}</h3>{chart}</div>")
-    return [whole, details("Each kind of layer", f'<div class="grid">{"".join(small)}</div>')]
-
-
-def _rank_sections(runs: Sequence[RunFiles], charts: Charts) -> list[Section]:
-    """Attention logits, and what the slowest rank spent."""
-    out = []
-    names = {name for run in runs for record in run.records for name in record["run"]}
-    logits = sorted(name for name in names if name.partition("/")[0] == _LOGITS)
-    if logits:
-        series = []
-        for run in runs:
-            for name in logits if len(runs) == 1 else [_LOGITS]:
-                if curve := _curve(run, name):
-                    label = run.name if len(runs) > 1 else name.partition("/")[2] or "all"
-                    series.append(draw.Series(_layer(label), _points(curve)))
-        meaning = "Largest finite logit of all layers since the last logged step, and of each attention layer."
-        if series:
-            out.append(
-                _section(
-                    "logits", "Largest attention logits", paragraph(meaning), charts.add(draw.lines("logit", series))
-                )
-            )
-    others = sorted(name for name in names if "/" not in name and name not in logits)
-    small = []
-    for name in others:
-        series = [
-            draw.Series(run.name if len(runs) > 1 else "", _points(curve))
-            for run in runs
-            if (curve := _curve(run, name))
-        ]
-        if series:
-            title = name.replace("_", " ")
-            small.append(f"<div><h3>{text(title)}</h3>{charts.add(draw.lines(title, series, height=110))}</div>")
-    if small:
-        meaning = "What the slowest or busiest rank spent in a logged step, and its ratio to the mean of all ranks."
-        out.append(
-            _section("ranks", "Ranks in logged steps", paragraph(meaning), f'<div class="grid">{"".join(small)}</div>')
-        )
-    return out
-
-
-def _layer(label: str) -> str:
-    return label.removeprefix("decoder.").removesuffix(".self_attention").removesuffix(".core_attention")
-
-
-def _curve(run: RunFiles, name: str) -> dict[int, float]:
-    return {r["step"]: r["run"][name] for r in run.records if name in r["run"] and math.isfinite(r["run"][name])}
+    numbers = ("matrices", "least", "mean", "largest")
+    cells = table(("kind of layer", *numbers, "matrix with the largest"), rows, numbers=numbers)
+    return details(f"Values of step {records[-1]['step']}", cells) if rows else ""
 
 
 # -- profile ---------------------------------------------------------------------------------------------------------
 
 
-def _profile_section(
-    run: RunFiles, profile: Merged, number: int, several: bool, step: int | None, charts: Charts
-) -> Section:
+def _profile(profile: Merged, step: int | None, charts: Charts) -> Iterator[str]:
     from megatron_muon.observe.timing.steps import median_step
     from megatron_muon.observe.timing.table import COLUMNS, NUMBERS, phase_rows, step_notes, step_title
 
     summary = median_step(profile.summaries())
     rows = phase_rows(summary, profile.facts)
-    phases = table(COLUMNS, list(rows.values()), numbers=NUMBERS, colors=[SHOWN[name].color for name in rows])
+    yield paragraph(f"{step_title(summary)}. Colors are those of the charts below.")
+    yield table(COLUMNS, list(rows.values()), numbers=NUMBERS, colors=[SHOWN[name].color for name in rows])
+    yield items(step_notes(summary))
     shown = _shown_step(profile, step)
-    records = profile.records[shown]
-    times = [
-        (f"rank {rank}", name, ms)
-        for rank, record in sorted(records.items())
-        for name in SHOWN
-        if (ms := record.numbers.get(f"{name}_ms")) is not None
-    ]
-    heading = f"Where the time of a step goes: {run.name}" if several else "Where the time of a step goes"
-    return _section(
-        f"profile{number}" if several else "profile",
-        heading,
-        paragraph(f"{step_title(summary)}. Colors are those of the charts below."),
-        phases,
-        items(step_notes(summary)),
-        f"<h3>Timeline of step {shown}</h3>",
-        paragraph(
-            "An exchange is hidden while its bar lies below Newton-Schulz's; gray is time in which the rank waits. "
-            "Ranks of different hosts are aligned at the all-gather after each step."
-        ),
-        charts.add(draw.timeline(shown_spans(profile, shown))),
-        f"<h3>The ranks in step {shown}</h3>",
-        paragraph("A rank that waits long waits for one that computes long, or for the links."),
-        charts.add(draw.stacked(times)),
-        details("Numbers of each rank, in its last profiled step", _ranks_table(profile)),
+    yield f"<h3>Timeline of step {shown}</h3>"
+    yield paragraph(
+        "An exchange is hidden while its bar lies below Newton-Schulz's; gray is time in which the rank waits. "
+        "Ranks of different hosts are aligned at the all-gather after each step."
     )
+    yield charts.add(draw.bars("What each rank did in one step", shown_spans(profile, shown)))
+    yield f"<h3>The ranks in step {shown}</h3>"
+    yield paragraph("A rank that waits long waits for one that computes long, or for the links.")
+    times: list[dict[str, Any]] = []
+    for rank, record in sorted(profile.records[shown].items()):
+        at = 0.0
+        for name in SHOWN:
+            ms = record.numbers.get(f"{name}_ms", 0.0)
+            times += [{"lane": f"rank {rank}", "phase": name, "start": at, "stop": at + ms}] if ms else []
+            at += ms
+    yield charts.add(draw.bars("Where the time of each rank goes", times, begins=False))
+    yield details("Numbers of each rank, in its last profiled step", _ranks_table(profile))
 
 
 def _shown_step(profile: Merged, step: int | None) -> int:

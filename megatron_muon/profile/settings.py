@@ -12,9 +12,6 @@ and the products with `tp` likewise. Muon exchanges dense matrices over `tp_dp`,
 """
 GROUP_KINDS: tuple[GroupKind, ...] = get_args(GroupKind)
 
-Collective = Literal["all_to_all", "all_gather", "reduce_scatter", "all_reduce"]
-COLLECTIVES: tuple[Collective, ...] = get_args(Collective)
-
 Backend = Literal["auto", "nccl", "gloo"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
@@ -35,8 +32,7 @@ class LinkSettings:
         etp: Expert-tensor-parallel size; None is `tp`.
         instances: Distributed-optimizer instances.
         groups: Kinds of groups; None takes all of more than one rank.
-        collectives: Collectives that are swept over sizes.
-        min_bytes: Smallest size: of a rank's buffer for all_reduce, else of all ranks' parts together.
+        min_bytes: Smallest size of an all-to-all: what a rank sends, its own part included.
         max_bytes: Largest size.
         warmup: Number of calls that are not timed.
         iterations: Number of calls that are timed together.
@@ -57,7 +53,6 @@ class LinkSettings:
     etp: int | None = None
     instances: int = 1
     groups: tuple[GroupKind, ...] | None = None
-    collectives: tuple[Collective, ...] = ("all_to_all", "all_gather", "reduce_scatter")
     min_bytes: int = 1 << 10
     max_bytes: int = 16 << 20
     warmup: int = 5
@@ -82,18 +77,16 @@ class LinkSettings:
                 raise ValueError(f"{flag}: got {value}, expected at least {least}")
         if self.exchange_dtype is not None and self.model is None:
             raise ValueError(f"--exchange-dtype: got {self.exchange_dtype}, expected it together with --model only")
-        if self.json is not None and "all_to_all" not in self.collectives:
-            raise ValueError("--json: expected all_to_all among --collectives, since the planner reads its figures")
         if self.json is not None and (self.json.is_dir() or not self.json.absolute().parent.is_dir()):
             raise ValueError(f"--json: got {self.json}, expected a file in a directory that exists")
 
-    def counts(self, collective: Collective, world_size: int) -> list[int]:
-        """fp32 elements of each size: of the buffer for all_reduce, else of each rank's part.
+    def counts(self, world_size: int) -> list[int]:
+        """fp32 elements that a rank sends to each rank of a group, for each size.
 
         Raises:
             ValueError: If the smallest size leaves a rank without an element.
         """
-        smallest = ELEMENT_BYTES * (1 if collective == "all_reduce" else world_size)
+        smallest = ELEMENT_BYTES * world_size
         if self.min_bytes < smallest:
             raise ValueError(
                 f"--min-bytes: got {self.min_bytes}, expected at least {smallest}: one element of {ELEMENT_BYTES} "

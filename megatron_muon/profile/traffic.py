@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_muon.config import TORCH_DTYPES, MuonConfig
+import numpy as np
+
+from megatron_muon.config import MuonConfig
 from megatron_muon.estimate.groups import PlanSettings, distinct_stages, matrix_groups, stage_plans
 from megatron_muon.estimate.shapes import load_model
 from megatron_muon.estimate.stages import Layout, check_experts
+from megatron_muon.newton_schulz.names import DTYPE_BYTES
 from megatron_muon.plan.build import CostModel
 from megatron_muon.plan.machines import GPUS_PER_NODE
 from megatron_muon.plan.ownership import OwnershipPlan
+from megatron_muon.plan.wire import Wire
 
-Matrix = tuple[tuple[int, ...], ...]
+SentBytes = tuple[tuple[int, ...], ...]
 """Bytes that rank i of a group sends to rank j, as [i][j]."""
 
 
@@ -24,21 +28,15 @@ class Traffic:
     Attributes:
         expert: Whether it runs over `expert_tp_dp`; otherwise over `tp_dp`.
         ranks: Global ranks of the group, in its order.
-        transfers: All-to-alls of a step, in order. Transfer k takes the slices of round k to their owners and the
-            updates of round k - 2 back (`plan.wire`).
+        transfers: All-to-alls of a step, in order: those of `plan.wire.Wire`.
     """
 
     expert: bool
     ranks: tuple[int, ...]
-    transfers: tuple[Matrix, ...]
+    transfers: tuple[SentBytes, ...]
 
 
-def sent_bytes(matrix: Matrix) -> tuple[int, ...]:
-    """What each rank sends to other ranks."""
-    return tuple(sum(row) - row[rank] for rank, row in enumerate(matrix))
-
-
-def busiest_bytes(matrix: Matrix) -> int:
+def busiest_bytes(matrix: SentBytes) -> int:
     """The most that a rank sends or receives, its own part included: with equal splits, the size of an all-to-all."""
     return max((*map(sum, matrix), *map(sum, zip(*matrix, strict=True))), default=0)
 
@@ -57,19 +55,13 @@ def plan_traffic(plan: OwnershipPlan, *, expert: bool, ranks: Sequence[int], ite
     """
     if len(ranks) != plan.world_size:
         raise ValueError(f"ranks: got {len(ranks)}, expected the plan's {plan.world_size}")
-
-    rounds, nothing = range(len(plan.rounds)), [[0] * plan.world_size] * plan.world_size
-
-    def transfer(index: int) -> Matrix:
-        gather = plan.traffic(index, scatter=False) if index in rounds else nothing
-        scatter = plan.traffic(index - 2, scatter=True) if index - 2 in rounds else nothing
-        return tuple(
-            tuple(itemsize * (a + b) for a, b in zip(out, back, strict=True))
-            for out, back in zip(gather, scatter, strict=True)
-        )
-
-    made = tuple(transfer(index) for index in range(len(rounds) + 2)) if rounds else ()
-    return Traffic(expert, tuple(ranks), made)
+    wire = Wire(plan)
+    transfers = []
+    for moved in map(wire.moved, range(wire.num_transfers)):
+        sent = np.zeros((plan.world_size, plan.world_size), dtype=np.int64)
+        np.add.at(sent, (moved.sources, moved.destinations), moved.numels * itemsize)
+        transfers.append(tuple(map(tuple, sent.tolist())))
+    return Traffic(expert, tuple(ranks), tuple(transfers))
 
 
 def model_traffic(
@@ -97,7 +89,7 @@ def model_traffic(
         gpus_per_node=ranks_per_node,
     )
     check_experts(model, layout)
-    itemsize = TORCH_DTYPES[muon.exchange_dtype].itemsize
+    itemsize = DTYPE_BYTES[muon.exchange_dtype]
     per_stage = layout.dp * layout.tp
     out = []
     for (layers, bucket_size), stages in distinct_stages(model, layout, settings).items():

@@ -34,7 +34,7 @@ from megatron_muon.profile.process_groups import (
     release_groups,
 )
 from megatron_muon.profile.settings import LinkSettings
-from megatron_muon.profile.traffic import Traffic, busiest_bytes, model_traffic, plan_traffic, sent_bytes
+from megatron_muon.profile.traffic import SentBytes, Traffic, busiest_bytes, model_traffic, plan_traffic
 from tests.distributed import run_ranks
 from tests.estimate.test_plan_model import HF_MLA
 
@@ -69,26 +69,24 @@ def timing(what: str, rank_us: tuple[float | None, ...], sizes: tuple[int, ...] 
 
 def test_bandwidths_by_hand() -> None:
     """8 MB, slowest rank 1 with 400 us: 20 GB/s, half of it on the bus; the other group has 200 us."""
-    found = timing("all_gather", (200.0, 400.0, 160.0, 250.0))
+    found = timing("all_to_all", (200.0, 400.0, 160.0, 250.0))
     assert found.slowest_us == 400.0 and found.algbw == pytest.approx(20.0)
     assert found.group_busbw == pytest.approx((20.0, 10.0))
-    # An all_reduce sends what it reduces and what it gathers; a group that moves less has less.
-    assert replace(found, what="all_reduce").group_busbw == pytest.approx((40.0, 20.0))
+    # A group that moves less has less.
     assert replace(found, sizes_bytes=(8_000_000, 2_000_000)).group_busbw == pytest.approx((20.0, 2.5))
 
 
 def test_uneven_all_to_all_by_hand() -> None:
     """Rank 1 owns most: it receives 5 + 1 + 7 bytes, the most that any rank sends or receives."""
     matrix = ((2, 5, 0), (3, 1, 4), (0, 7, 1))
-    assert busiest_bytes(matrix) == 13 and sent_bytes(matrix) == (5, 7, 7)
+    assert busiest_bytes(matrix) == 13
     assert busiest_bytes(((4, 4), (4, 4))) == 8 and busiest_bytes(()) == 0
 
 
 def test_sizes_of_a_sweep() -> None:
     settings = LinkSettings(min_bytes=1000, max_bytes=64_000)
-    assert settings.counts("all_reduce", 3) == [250, 1000, 4000, 16000]
-    # Whole elements on each of three ranks: 1000 / 12, 4000 / 12, ...
-    assert settings.counts("all_gather", 3) == [83, 333, 1333, 5333]
+    # Whole elements for each of three ranks: 1000 / 12, 4000 / 12, ...
+    assert settings.counts(3) == [83, 333, 1333, 5333]
 
 
 def test_the_planners_figures_by_hand(tmp_path: Path) -> None:
@@ -102,7 +100,7 @@ def test_the_planners_figures_by_hand(tmp_path: Path) -> None:
     timings = [
         Timing("tp", ((0, 1), (2, 3)), "all_to_all", (1000, 1000), (5.0, 6.0, 7.0, 8.0)),
         Timing("tp", ((0, 1), (2, 3)), "all_to_all", (8_000_000, 8_000_000), (100.0, 100.0, 200.0, 200.0)),
-        Timing("tp", ((0, 1), (2, 3)), "all_reduce", (8_000_000, 8_000_000), (1.0, 1.0, 1.0, 1.0)),
+        Timing("tp", ((0, 1), (2, 3)), "dense transfer 0", (9_000_000, 9_000_000), (1.0, 1.0, 1.0, 1.0)),
         Timing("dp", ((0, 2), (1, 3)), "all_to_all", (8_000_000, 8_000_000), (1.0, 1.0, 1.0, 1.0)),
         Timing("tp_dp", ((0, 1, 2, 3),), "all_to_all", (1000,), (30.0, 31.0, 32.0, 33.0)),
         Timing("tp_dp", ((0, 1, 2, 3),), "all_to_all", (8_000_000,), (400.0, 300.0, 300.0, 300.0)),
@@ -153,6 +151,11 @@ def test_traffic_is_that_of_the_plans(layout: Layout, model: str) -> None:
         tuple(4 * n for n in plan.sent_numel()) for plan in planned
     )
     assert sum(map(sum, (total_sent_bytes(t) for t in traffic))) > 0
+
+
+def sent_bytes(matrix: SentBytes) -> tuple[int, ...]:
+    """What each rank sends to other ranks."""
+    return tuple(sum(row) - row[rank] for rank, row in enumerate(matrix))
 
 
 def total_sent_bytes(traffic: Traffic) -> tuple[int, ...]:
@@ -325,7 +328,7 @@ def test_on_four_ranks(tmp_path: Path, model: str) -> None:
     assert {t.ranks for t in exchanges if t.what.startswith("expert")} == {((0, 2), (1, 3))}
     assert [t.sizes_bytes for t in exchanges[:2]] == [(busiest_bytes(m),) for m in dense.transfers[:2]]
     # Groups of the same ranks are measured once, in Megatron's rank order, at both sizes.
-    swept = [t for t in timings if t.what == "all_gather"]
+    swept = [t for t in timings if t.what == "all_to_all"]
     assert {t.groups: t.ranks for t in swept} == {
         "tp=ep": ((0, 1), (2, 3)),
         "dp=expert_dp=expert_tp_dp": ((0, 2), (1, 3)),
@@ -400,7 +403,6 @@ def test_tables_fit(width: int) -> None:
         (["--model", "llama3-8b", "--exchange-dtype", "fp8"], "exchange_dtype: got 'fp8'"),
         (["--exchange-dtype", "bf16"], "--exchange-dtype: got bf16, expected it together with --model only"),
         (["--json", "/nowhere/links.json"], "--json: got /nowhere/links.json, expected a file in a directory that"),
-        (["--json", "links.json", "--collectives"], "--json: expected all_to_all among --collectives"),
     ],
 )
 def test_bad_arguments(

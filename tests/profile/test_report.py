@@ -232,7 +232,7 @@ def test_labels_do_not_overlap(values: list[float]) -> None:
 
 def test_long_runs_are_thinned() -> None:
     points = dict.fromkeys(range(1, 10001), (1.0, 1.0, 1.0))
-    rows = charts.lines("x", [charts.Series("a", points)])["data"]["values"]
+    rows = charts.lines("x", [("a", points)])["data"]["values"]
     assert len(rows) <= 401 and (rows[0]["step"], rows[-1]["step"]) == (1, 10_000)
 
 
