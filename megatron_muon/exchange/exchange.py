@@ -21,7 +21,7 @@ from torch.profiler import record_function
 
 from megatron_muon.exchange.copies import Copies, paired
 from megatron_muon.exchange.lines import Lines
-from megatron_muon.exchange.lockstep import Scratch, Talk, run_lockstep
+from megatron_muon.exchange.lockstep import Talk, run_lockstep
 from megatron_muon.exchange.phases import LABELS, Flight, Watch, label
 from megatron_muon.matrices.shares import Strip, collected_strips, stored_strips
 from megatron_muon.plan.ownership import Item, OwnershipPlan, Segment
@@ -149,7 +149,6 @@ class Exchange:
         # With lines, the members of a team combine sums over them once more.
         stages = [self.plan.team_stages(r) for r in range(self.num_rounds)]
         self._stages = [count + (count > 0 and self.carry_lines) for count in stages]
-        self._team_scratch = Scratch(self.device)
         self._team_group = self.team_group if self.team_group is not None else self.group
         self._prepare()
 
@@ -164,8 +163,8 @@ class Exchange:
 
     @property
     def buffer_bytes(self) -> int:
-        """What the persistent buffers take on this rank, those of teams excepted; see `Wire.buffer_bytes`."""
-        return sum(b.nbytes for b in (self._send, self._receive, self._collected, self._scratch))
+        """What the persistent buffers take on this rank; see `Wire.buffer_bytes`."""
+        return sum(b.nbytes for b in (self._send, self._receive, self._collected, self._scratch, self._team_receive))
 
     def connect(self) -> None:
         """Opens the connections between the ranks, with an all-to-all of one element for each pair.
@@ -276,7 +275,7 @@ class Exchange:
         teams = [self.plan.owners[item.matrix][item.part] for item in items]
         start = partial(self._start_stage, round_index)
         stages = run_lockstep(
-            [talks[item] for item in items], teams, count, self.plan.world_size, start, self._team_scratch
+            [talks[item] for item in items], teams, count, self.plan.world_size, start, self._team_receive
         )
         for stage in range(count):
             with self.watch.phase("teams", round_index):
@@ -351,6 +350,7 @@ class Exchange:
         self._collected = empty(max((total for _, total in places), default=0), self.dtype)
         scratch_numel = max((sum(numel[i] for i in batch) for r in rounds for batch in batches[r]), default=0)
         self._scratch = empty(scratch_numel, torch.float32)
+        self._team_receive = empty(self.plan.team_buffer_bytes(self.rank, lines=self.carry_lines), torch.uint8)
         self._rounds = [
             self._prepared_round(r, [self._batch(batch, numel) for batch in batches[r]], places[r][0]) for r in rounds
         ]

@@ -7,7 +7,6 @@ round advance together, so that every rank issues the same collectives in the sa
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -34,21 +33,6 @@ Talk = Generator[Message, Tensor, Tensor]
 """A member's part. It is sent the blocks for it, 1-D, in the team's order, valid until it yields again."""
 
 
-@dataclass
-class Scratch:
-    """Byte buffers that grow to the largest size asked for and are kept."""
-
-    device: torch.device
-    buffers: dict[str, Tensor] = field(default_factory=dict)
-
-    def take(self, name: str, num_bytes: int) -> Tensor:
-        """The first `num_bytes` of the buffer called `name`; its previous contents are lost."""
-        buffer = self.buffers.get(name)
-        if buffer is None or buffer.numel() < num_bytes:
-            buffer = self.buffers[name] = torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
-        return buffer[:num_bytes]
-
-
 StartAllToAll = Callable[[Tensor, Tensor, list[int], list[int]], dist.Work | None]
 """Starts to fill its first argument; then the bytes to send, and how many are received from and sent to each rank."""
 
@@ -67,7 +51,7 @@ def run_lockstep(
     num_stages: int,
     world_size: int,
     start: StartAllToAll,
-    scratch: Scratch,
+    buffer: Tensor,
 ) -> Iterator[None]:
     """Runs this rank's talks to their ends, and stops after the start of each stage. Collective.
 
@@ -80,7 +64,7 @@ def run_lockstep(
         num_stages: Number of messages of the longest talk on any rank.
         world_size: Number of ranks.
         start: Called `num_stages` times.
-        scratch: Where messages are received.
+        buffer: Where messages are received, 1-D uint8, as many bytes as the largest stage brings.
 
     Raises:
         RuntimeError: If a talk has not ended after `num_stages`; the other ranks' collectives are complete by then.
@@ -99,9 +83,9 @@ def run_lockstep(
         sent, outgoing_blocks = _layout(messages, teams, world_size, incoming=False)
         received, incoming_blocks = _layout(messages, teams, world_size, incoming=True)
         outgoing = _rearranged(
-            [(messages[b.talk].blocks.view(torch.uint8), b.in_message) for b in outgoing_blocks], scratch.device
+            [(messages[b.talk].blocks.view(torch.uint8), b.in_message) for b in outgoing_blocks], buffer.device
         )
-        incoming = scratch.take("receive", sum(received))
+        incoming = buffer[: sum(received)]
         work = start(incoming, outgoing, received, sent)
         yield
         if work is not None and (any(received) or any(sent)):
@@ -109,7 +93,7 @@ def run_lockstep(
             work.wait()
         for index, message in list(messages.items()):
             own = sorted((b for b in incoming_blocks if b.talk == index), key=lambda b: b.in_message.start)
-            answer = _rearranged([(incoming, b.on_wire) for b in own], scratch.device)
+            answer = _rearranged([(incoming, b.on_wire) for b in own], buffer.device)
             advance(index, answer.view(message.blocks.dtype))
     if messages:
         raise RuntimeError(f"{len(messages)} talks have not ended after {num_stages} stages")

@@ -141,6 +141,30 @@ def band_sent_bytes(short: int, seat: Seat, steps: int, itemsize: int, *, divide
     )
 
 
+def band_received_bytes(short: int, seat: Seat, steps: int, itemsize: int, *, divided: bool, lines: bool) -> list[int]:
+    """Bytes that a member receives in each stage, also from itself.
+
+    Args:
+        short: The short side of the matrix.
+        seat: The member's place.
+        steps: Number of iterations.
+        itemsize: Of their data type.
+        divided: See `team`.
+        lines: Whether sums over lines follow the iterations, for NorMuon.
+    """
+    near = [_area(seat.near_rows(short, member)) for member in seat.near]
+    far = [own_area(short, seat, member) for member in seat.far]
+    own = seat.member % seat.group_size
+    reduce_scatter = [len(near) * near[own]]
+    all_gather = [sum(near)]
+    if seat.groups > 1:
+        reduce_scatter.append(len(far) * far[seat.member // seat.group_size])
+        all_gather.insert(0, sum(far))
+    step = [*reduce_scatter, *all_gather * (2 if divided else 1)]
+    few = _NORM_BYTES * seat.size
+    return [few, *(area * itemsize for area in step * steps), *([few] if lines else [])]
+
+
 def own_area(short: int, seat: Seat, member: int) -> int:
     """Elements that a member has of a symmetric matrix of `short` rows: its rows' columns up to the last row's."""
     return _area(seat.rows(short, member))

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,15 @@ from megatron_muon.config import FloatDtype
 from megatron_muon.matrices.shares import Share, divide_part, is_single, max_shares, share_positions, share_shape
 from megatron_muon.matrices.spec import MatrixSpec
 from megatron_muon.newton_schulz.names import DTYPE_BYTES, Iteration
-from megatron_muon.plan.cost_model import CostModel, alone_flops, band_flops, band_sent_bytes, band_stages, own_area
+from megatron_muon.plan.cost_model import (
+    CostModel,
+    alone_flops,
+    band_flops,
+    band_received_bytes,
+    band_sent_bytes,
+    band_stages,
+    own_area,
+)
 from megatron_muon.plan.seats import Seat
 
 
@@ -348,6 +357,26 @@ class OwnershipPlan:
             moved = self.transfers(self.all_items(), scatter=scatter)
             np.add.at(total, moved.sources, np.where(moved.sources != moved.destinations, moved.numels, 0))
         return tuple(total.tolist())
+
+    def team_buffer_bytes(self, rank: int, *, lines: bool = False) -> int:
+        """Bytes of the buffer in which a rank receives its teams' messages: of the stage that brings most.
+
+        Args:
+            rank: Rank of the group.
+            lines: See `band_received_bytes`.
+        """
+        most = 0
+        for round_index in range(len(self.rounds)):
+            talks = []
+            for item in self.items(round_index, rank):
+                if (team := self.team(item)) is not None:
+                    seat, itemsize = team.seat(item.share), DTYPE_BYTES[self.ns_dtype]
+                    divided = team.method.divided
+                    talks.append(
+                        band_received_bytes(team.short, seat, self.ns_steps, itemsize, divided=divided, lines=lines)
+                    )
+            most = max([most, *map(sum, zip_longest(*talks, fillvalue=0))])
+        return most
 
     def team_sent_bytes(self, nodes: Sequence[int] | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Bytes that each rank sends to other members of its teams in one step: (within its node, to other nodes).

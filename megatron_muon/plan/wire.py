@@ -158,7 +158,7 @@ class Wire:
         return (0, *self.plan.spec(item).tile_shape(item.part))
 
     def buffer_bytes(self, rank: int, itemsize: int, scratch_numel: int) -> int:
-        """Bytes of the exchange's persistent buffers on a rank: both wire buffers, collected parts and scratch.
+        """Bytes of the exchange's persistent buffers on a rank: of the wire, collected parts, scratch, teams' messages.
 
         Args:
             rank: Rank of the group.
@@ -172,7 +172,8 @@ class Wire:
             (sum(numel[i] for i in batch) for r in rounds for batch in self.batches(r, rank, numel, scratch_numel)),
             default=0,
         )
-        return (sum(self.buffer_numel[rank]) + collected) * itemsize + scratch * _SCRATCH_ITEMSIZE
+        on_wire = (sum(self.buffer_numel[rank]) + collected) * itemsize
+        return on_wire + scratch * _SCRATCH_ITEMSIZE + self.plan.team_buffer_bytes(rank)
 
     def batches(self, round_index: int, rank: int, numel: Mapping[int, int], limit: int) -> list[tuple[int, ...]]:
         """A rank's slices of a round in groups of at most `limit` elements, or of one slice.

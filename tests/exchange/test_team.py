@@ -18,9 +18,11 @@ from megatron_muon.config import MuonConfig
 from megatron_muon.exchange import team as team_module
 from megatron_muon.exchange.lockstep import Talk
 from megatron_muon.exchange.team import orthogonalize_band
+from megatron_muon.exchange.team_groups import make_team_groups
 from megatron_muon.matrices.shares import max_shares
 from megatron_muon.matrices.spec import Blocks, MatrixSpec, Part, whole
 from megatron_muon.newton_schulz import CoefficientSet, coefficients, orthogonalize, scaling_for
+from megatron_muon.optimizer import step as step_module
 from megatron_muon.optimizer.sharded_muon import ShardedMuon
 from megatron_muon.plan.build import OwnershipPlan, PlanOptions, TeamMethod, build_plan
 from megatron_muon.plan.cost_model import LAUNCHES_PER_STAGE, band_stages
@@ -404,6 +406,14 @@ def train(
     optimizer = ShardedMuon([*slices.values(), *spare], lr=LR, weight_decay=DECAY, config=config)
     optimizer.param_groups[0]["params"] = list(slices.values())
     optimizer.bind(plan, None, slices, torch.device("cpu"))
+    received = [0]
+    start_stage = optimizer.exchange._start_stage
+
+    def watched(round_index: int, receive: Tensor, *others: Any) -> Any:
+        received.append(receive.nbytes)
+        return start_stage(round_index, receive, *others)
+
+    optimizer.exchange._start_stage = watched  # type: ignore[method-assign]
     for step in range(STEPS):
         for i, p in slices.items():
             p.grad = slice_of(i, gradient(names[i], step, whole_shape(plan.matrices[i].spec)))
@@ -421,6 +431,7 @@ def train(
         momentum=momentum,
         teams=[plan.team(item) is not None for item in plan.all_items()],
         shared=sum(len(ranks) > 1 for parts in plan.owners for ranks in parts),
+        team_buffer=(max(received), plan.team_buffer_bytes(rank, lines=config.variant == "normuon")),
         team_bytes=(stats.team_bytes_sent, STEPS * sum(sent[rank] for sent in plan.team_sent_bytes())),
         sent=(stats.bytes_sent, STEPS * 4 * plan.sent_numel()[rank]),
         collectives=(stats.collectives, STEPS * optimizer.exchange.wire.num_collectives),
@@ -447,7 +458,7 @@ def test_training_with_teams_equals_the_reference(name: str) -> None:
         assert any(result["teams"]), "the case is about teams"
         assert result["worst"] <= UPDATE_TOLERANCE, (rank, result)
         assert result["momentum"] == 0.0
-        for counter in ("team_bytes", "sent", "collectives", "team_collectives"):
+        for counter in ("team_buffer", "team_bytes", "sent", "collectives", "team_collectives"):
             counted, planned = result[counter]
             assert counted == planned, (counter, rank, result)
 
@@ -490,3 +501,69 @@ def test_the_number_of_steps_must_be_the_plans() -> None:
 
 def test_dist_is_not_needed_by_a_team() -> None:
     assert not dist.is_initialized()
+
+
+def half_in_teams() -> OwnershipPlan:
+    """Four ranks; every second parameter is shared by teams of two, the others have one owner."""
+    plan = make_plan(1, 4, FP32, max_team_size=1)
+    forced = force_teams(plan, 2, 1)
+    return replace(
+        plan,
+        owners=tuple(forced.owners[i] if i % 2 else owners for i, owners in enumerate(plan.owners)),
+        methods=tuple(forced.methods[i] if i % 2 else methods for i, methods in enumerate(plan.methods)),
+    )
+
+
+def issue_order(rank: int, world_size: int) -> dict[str, Any]:
+    """What a rank issues in one step: all-to-alls by their group, and stacks that it orthogonalizes alone."""
+    plan = half_in_teams()
+    without, team_group = make_team_groups(
+        [(make_plan(1, 4, FP32, max_team_size=1), dist.group.WORLD), (plan, dist.group.WORLD)]  # type: ignore[list-item]
+    )
+    assert without is None and team_group is not None
+    held = {i: s for i, m in enumerate(plan.matrices) for s in m.slices if s.rank == rank}
+    slices = {i: torch.nn.Parameter(torch.ones(s.stop - s.start)) for i, s in held.items()}
+    for p in slices.values():
+        p.grad = torch.randn_like(p)
+    optimizer = ShardedMuon(list(slices.values()), lr=LR, config=FP32)
+    optimizer.bind(plan, None, slices, torch.device("cpu"), team_group=team_group)
+    issued: list[str] = []
+    all_to_all, update = dist.all_to_all_single, step_module.orthogonalized_update
+
+    def recorded(*args: Any, group: Any = None, **kwargs: Any) -> Any:
+        issued.append("team" if group is team_group else "transfer")
+        return all_to_all(*args, group=group, **kwargs)
+
+    def counted_update(*args: Any) -> None:
+        issued.append("stack")
+        update(*args)
+
+    dist.all_to_all_single, step_module.orthogonalized_update = recorded, counted_update  # type: ignore[assignment]
+    optimizer.step()
+    stacks = [len(stacks) for stacks in optimizer._bound().stacks]
+    return dict(
+        issued=issued,
+        stacks=stacks,
+        moves=optimizer.exchange.wire.moves,
+        group=(team_group.group_desc, dist.get_process_group_ranks(team_group)),
+    )
+
+
+def test_stages_of_teams_have_a_communicator_of_their_own_and_stacks_run_between_them() -> None:
+    plan = half_in_teams()
+    results = run_ranks(issue_order, 4)
+    assert any(sum(result["stacks"]) > 1 for result in results), "some rank has stacks to spread"
+    for result in results:
+        expected: list[str] = []
+        for transfer, moves in enumerate(result["moves"]):
+            expected += ["transfer"] * moves
+            computed = transfer - 1
+            if 0 <= computed < len(plan.rounds):
+                stages, stacks = plan.team_stages(computed), result["stacks"][computed]
+                if not stages:
+                    expected += ["stack"] * stacks
+                for stage in range(stages):
+                    share = stacks * (stage + 1) // stages - stacks * stage // stages
+                    expected += ["team", *["stack"] * share]
+        assert result["issued"] == expected
+        assert result["group"] == ("MUON_TEAMS", [0, 1, 2, 3])
