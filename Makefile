@@ -12,7 +12,7 @@ TE_VERSION := 2.20.2
 # TE's torch extension, built for this Python and torch. PyPI has its source only, which takes a quarter of an hour.
 TE_WHEEL ?= $(firstword $(wildcard ../shared/wheels/transformer_engine_torch-$(TE_VERSION)-*.whl))
 
-.PHONY: venv demo ablations test test-fast test-all test-gpu test-te lint bench bench-gpu docs clean
+.PHONY: venv demo chat ablations test test-fast test-all test-gpu test-te lint bench bench-gpu docs clean
 venv: $(STAMP)
 
 $(STAMP): setup.py
@@ -25,6 +25,11 @@ $(STAMP): setup.py
 # FP8=1 (or delayed, mxfp8): Muon with the experts in FP8, emulated on the CPU, against bf16.
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py $(if $(FP8),--fp8 $(FP8:1=tensorwise) --out runs/demo-fp8)
+
+# Pretrains (or reuses the demo's checkpoint), fine-tunes on chats, exports, serves with Transformers, and asks.
+chat: $(STAMP)
+	$(BIN)/pip install --quiet "transformers[serving]>=5"
+	$(BIN)/python examples/sft chat $(if $(wildcard runs/demo/checkpoint),--pretrained runs/demo/checkpoint)
 
 ablations: $(STAMP)
 	$(BIN)/python examples/ablations.py --docs docs

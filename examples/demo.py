@@ -42,6 +42,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 HERE = Path(__file__).resolve().parent
+PRETRAIN = HERE / "pretrain_mini_moonlight.py"
 RANKS = 4
 GLOBAL_BATCH = 16
 SEQUENCE_LENGTH = 256
@@ -146,11 +147,11 @@ def resuming_flags(flags: Sequence[str], steps: int, checkpoint: Path, tensorboa
     return [*flags, *(str(word) for flag in {**RESUMED_LAYOUT, **load}.items() for word in flag)]
 
 
-def command(flags: Sequence[str], logs: Path) -> list[str]:
-    """The command that trains on `RANKS` ranks of this machine's CPU, each rank's output going into `logs`."""
+def command(flags: Sequence[str], logs: Path, script: Path = PRETRAIN) -> list[str]:
+    """The command that runs `script` on `RANKS` ranks of this machine's CPU, each rank's output going into `logs`."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     redirect = ["--log-dir", str(logs), "--redirects", "3"]
-    launch = ["-m", "megatron_muon.launch", "--device", "cpu", str(HERE / "pretrain_mini_moonlight.py")]
+    launch = ["-m", "megatron_muon.launch", "--device", "cpu", str(script)]
     return [*torchrun, *redirect, *launch, *flags]
 
 

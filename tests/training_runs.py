@@ -7,7 +7,7 @@ import os
 import shlex
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -131,13 +131,14 @@ def launch_ranks(
     world_size: int = 2,
     stop: tuple[Stop, int] | None = None,
     script: str = SCRIPT,
+    model: Sequence[str] = MODEL,
     run: Callable[..., Trace] = train,
 ) -> list[Trace]:
     """Runs a script on ranks of their own; one trace a rank. `run` is `train` or a function around it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    traces: list[Trace] = run_ranks(run, world_size, port, script, [*MODEL, *TRAINING, *arguments], stop)
+    traces: list[Trace] = run_ranks(run, world_size, port, script, [*model, *TRAINING, *arguments], stop)
     return traces
 
 
