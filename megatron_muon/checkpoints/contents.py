@@ -52,12 +52,13 @@ def parameters(checkpoint: Checkpoint) -> dict[str, Parameter]:
     }
 
 
-def optimizer_entries(common: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The state of each optimizer of the chain, without tensors."""
-    state = common.get("optimizer")
-    if not isinstance(state, dict):
-        return []
-    return [state] if "optimizer" in state else [state[key] for key in sorted(state) if isinstance(key, int)]
+def optimizer_entries(state: Any) -> dict[int, dict[str, Any]]:
+    """The entry of each optimizer of a chain by position; `state` is one entry, a list, or a dict by position."""
+    if not isinstance(state, Mapping):
+        return dict(enumerate(state or ()))
+    if "optimizer" in state:
+        return {0: dict(state)}
+    return {position: state[position] for position in sorted(key for key in state if isinstance(key, int))}
 
 
 def sharding(checkpoint: Checkpoint) -> str:

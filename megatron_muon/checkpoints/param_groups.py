@@ -57,7 +57,7 @@ def converted_common(common: Mapping[str, Any], target: OptimizerKind, momentum:
 
 def source_momentum(common: Mapping[str, Any]) -> float | None:
     """Muon's momentum in a checkpoint of a Muon; None in another."""
-    for entry in optimizer_entries(common):
+    for entry in optimizer_entries(common.get("optimizer")).values():
         groups = entry["optimizer"].get("param_groups", ())
         for settings in (entry["optimizer"].get("muon", {}), *groups):
             if "momentum" in settings:
@@ -78,7 +78,7 @@ def _groups(common: Mapping[str, Any]) -> tuple[list[Group], list[Group], int, d
     muon: list[Group] = []
     steps: set[int] = set()
     rest: dict[str, Any] = {}
-    for entry in optimizer_entries(common):
+    for entry in optimizer_entries(common.get("optimizer")).values():
         inner = entry["optimizer"]
         rest |= {key: value for key, value in entry.items() if key in ("grad_scaler",)}
         if "common_step" in (inner.get("state") or {}):

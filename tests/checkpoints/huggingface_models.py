@@ -161,7 +161,7 @@ def _build(flags: list[str]) -> tuple[Any, Any]:
 
 
 def _keys(flags: list[str]) -> dict[str, tuple[int, ...]]:
-    from megatron_muon.megatron.checkpoint.save_manifest import wanted_tensors
+    from megatron_muon.megatron.checkpoint.loading import wanted_tensors
 
     with torch.device("meta"):
         _, model = _build(flags)

@@ -34,7 +34,7 @@ from megatron_muon.checkpoints.digest import FileEntry, checksum
 from megatron_muon.checkpoints.manifest import Manifest, TensorEntry
 from megatron_muon.checkpoints.reader import COMMON, Checkpoint
 from megatron_muon.checkpoints.writer import CheckpointWriter
-from megatron_muon.megatron.checkpoint import save_manifest
+from megatron_muon.megatron.checkpoint import saving
 from tests.checkpoint_runs import EXACT, Run, build, spoil
 from tests.distributed import run_ranks
 from tests.models import Layout
@@ -391,7 +391,7 @@ def reading(directory: Path, damage: Damage | None = None) -> Iterator[list[str]
     import torch.distributed as dist
 
     names: list[str] = []
-    original_checksum, original_sizes = save_manifest.checksum, manifest.file_sizes
+    original_checksum, original_sizes = saving.checksum, manifest.file_sizes
 
     def read(path: Path) -> FileEntry:
         names.append(path.name)
@@ -402,11 +402,11 @@ def reading(directory: Path, damage: Damage | None = None) -> Iterator[list[str]
             damage(directory)
         return original_sizes(of)
 
-    save_manifest.checksum, manifest.file_sizes = read, sizes
+    saving.checksum, manifest.file_sizes = read, sizes
     try:
         yield names
     finally:
-        save_manifest.checksum, manifest.file_sizes = original_checksum, original_sizes
+        saving.checksum, manifest.file_sizes = original_checksum, original_sizes
 
 
 def attempt_save(run: Run, directory: Path) -> str:

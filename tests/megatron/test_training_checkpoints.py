@@ -61,15 +61,15 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path, whole: lis
 
 def train_and_list_reads(*arguments: Any) -> Trace:
     """As `train`; the trace says which files this rank has read for its manifests."""
-    from megatron_muon.megatron.checkpoint import save_manifest
+    from megatron_muon.megatron.checkpoint import saving
 
-    original = save_manifest.checksum
+    original = saving.checksum
 
     def read(path: Path) -> Any:
         print(f"\nREAD:{path.name}")
         return original(path)
 
-    save_manifest.checksum = read
+    saving.checksum = read
     return train(*arguments)
 
 

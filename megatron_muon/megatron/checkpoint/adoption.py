@@ -1,7 +1,7 @@
-"""Loads a checkpoint that another optimizer wrote, as the launch flags say, or refuses it and names the flags.
+"""Starts Distributed Muon from a checkpoint of AdamW, as the launch flags say; refuses those of other optimizers.
 
-AdamW's and Distributed Muon's checkpoints differ only for Muon's parameters (the table is in `state_keys`). So to
-continue AdamW's, the run reads `exp_avg` where it asks for `momentum_buffer`, and then scales it or sets it to zero.
+The checkpoints of AdamW and of Distributed Muon differ only in the states of Muon's parameters (see `state_keys`). To
+start from AdamW's, the run reads `exp_avg` into `momentum_buffer`, and then scales it or sets it to zero.
 
 `exp_avg` is a mean of gradients, `b*m + (1-b)*g`; `momentum_buffer` is a sum, `mu*m + g`. A constant gradient g gives
 g in the first and g/(1-mu) in the second, hence the factor 1/(1-mu). A variant's second moment starts from zero, as
@@ -10,12 +10,12 @@ in a new run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from megatron_muon.checkpoints.contents import optimizer_entries
 from megatron_muon.config import MuonConfig
 from megatron_muon.megatron.entry.active import active_config
 from megatron_muon.megatron.entry.checks import check_checkpoint_step, check_variant
@@ -71,7 +71,7 @@ def load_global_dist_base_checkpoint(
 def load_base_checkpoint(
     original: Callable[..., Any], load_dir: Any, args: Any, rank0: bool = False, *rest: Any, **named: Any
 ) -> Any:
-    """The seam around Megatron's load of any checkpoint, which looks at what legacy files gave."""
+    """The seam around Megatron's load of any checkpoint: checks which optimizer wrote legacy files."""
     from megatron.training.checkpointing import CheckpointType
 
     state, name, release, found = original(load_dir, args, rank0, *rest, **named)
@@ -85,7 +85,7 @@ def load_base_checkpoint(
 
 
 def _kind_of_run(args: Any, config: MuonConfig | None) -> OptimizerKind | None:
-    """The optimizer of this run; None if the table does not have it."""
+    """The optimizer of this run; None if it is not one of `OptimizerKind`."""
     if config is not None:
         return "distributed-muon"
     kinds: dict[str, OptimizerKind] = {"adam": "adamw", "muon": "megatron-muon"}
@@ -99,11 +99,11 @@ def _directory(load_dir: Any, iteration: int, release: bool) -> str:
 
 
 def _adopts(directory: str, run: OptimizerKind | None, config: MuonConfig | None) -> bool:
-    """Whether a run is to continue a torch_dist checkpoint of AdamW under Distributed Muon, by its metadata.
+    """Whether Distributed Muon starts from this torch_dist checkpoint of AdamW. Reads only its metadata.
 
     Raises:
-        ValueError: If the checkpoint is another optimizer's and no flag says how to continue it.
-        NotImplementedError: If they do, but its format has no tensors of parameters.
+        ValueError: If another optimizer wrote the checkpoint and no flag says how to continue.
+        NotImplementedError: If a flag does, but the checkpoint has flat buckets instead of a tensor per parameter.
     """
     from megatron.core.dist_checkpointing import load_tensors_metadata
 
@@ -139,20 +139,15 @@ def _adopts(directory: str, run: OptimizerKind | None, config: MuonConfig | None
 
 def _legacy_kind(state: Any) -> OptimizerKind:
     """The optimizer that wrote the state in a legacy file."""
-    entries = [state] if isinstance(state, Mapping) and "optimizer" in state else _members(state)
-    inner = [entry["optimizer"] for entry in entries if isinstance(entry, Mapping) and "optimizer" in entry]
+    inner = [entry["optimizer"] for entry in optimizer_entries(state).values() if "optimizer" in (entry or {})]
     if any(optimizer.get("kind") == "muon" for optimizer in inner):
         return "distributed-muon"
     groups = [group for optimizer in inner for group in optimizer.get("param_groups", ())]
     return "megatron-muon" if any("momentum" in group for group in groups) else "adamw"
 
 
-def _members(state: Any) -> list[Any]:
-    return list(state.values()) if isinstance(state, Mapping) else list(state)
-
-
 def _check_legacy(path: str, found: OptimizerKind, run: OptimizerKind | None) -> None:
-    """Raises NotImplementedError if a run is about to load legacy files that another optimizer wrote."""
+    """Raises NotImplementedError if another optimizer wrote the legacy files that a run loads."""
     if run is None or found == run:
         return
     onward = f"continue what that saves with {_FLAG} momentum or fresh"
@@ -167,68 +162,50 @@ def _check_legacy(path: str, found: OptimizerKind, run: OptimizerKind | None) ->
 
 
 def _ask_for_adamws(state: dict[Any, Any]) -> None:
-    """Makes an optimizer's sharded state dict ask for the states in AdamW's checkpoint. Mutates it."""
-    for param_state in _param_states(state):
-        for states in param_state.values():
-            states.pop(SECOND_MOMENT, None)
-    for entry in _momenta(state):
-        _, name = split_key(entry.key) or ("", "")
-        entry.key = state_key(MEAN, name)
-
-
-def _param_states(state: Mapping[Any, Any]) -> Iterator[Any]:
-    for part in state.values():
-        if isinstance(part, Mapping) and "param_state" in part:
-            yield part["param_state"]
-
-
-def _momenta(state: dict[Any, Any]) -> Iterator[Any]:
-    """The entries of an optimizer's sharded state dict that ask for Muon's momentum in model space."""
+    """Changes an optimizer's sharded state dict so that it loads AdamW's states. Mutates it."""
     from megatron.core.dist_checkpointing.dict_utils import nested_values
 
+    for part in (part for part in state.values() if isinstance(part, Mapping)):
+        for states in part.get("param_state", {}).values():
+            states.pop(SECOND_MOMENT, None)
     for entry in nested_values(state):
-        if (split_key(str(getattr(entry, "key", ""))) or ("",))[0] == MOMENTUM:
-            yield entry
+        found = split_key(str(getattr(entry, "key", "")))
+        if found and found[0] == MOMENTUM:
+            entry.key = state_key(MEAN, found[1])
 
 
 def adopted(state: dict[Any, Any], config: MuonConfig) -> dict[int, dict[str, Any]]:
     """AdamW's loaded optimizer state as the state of a chain of AdamW's and Muon's optimizers.
 
     Args:
-        state: By position in the chain: `param_state`, where Muon's `momentum_buffer` holds what was `exp_avg`. All
-            else is as AdamW saved it: of one optimizer at the top, or of a chain of another length by position.
-        config: Says what becomes of `exp_avg`.
+        state: Position in the chain -> `param_state`, in which Muon's `momentum_buffer` holds AdamW's `exp_avg`. All
+            other entries are AdamW's: of a single optimizer at the top, or of a chain, which may be shorter.
+        config: Muon's settings; `init_from_adamw` says how momentum starts.
 
     Returns:
-        By position, entries that `CheckpointedChain.load_state_dict` takes. Momentum is changed in place.
+        Position -> entry, for `CheckpointedChain.load_state_dict`. Momentum is changed in place.
     """
     own = {key: value for key, value in state.items() if isinstance(key, int)}
-    saved = [state] if "optimizer" in state else [entry for entry in own.values() if "optimizer" in entry]
+    saved = [entry for entry in optimizer_entries(state).values() if "optimizer" in entry]
     groups = [group for entry in saved for group in entry["optimizer"]["param_groups"]]
     rest = {k: v for k, v in saved[0].items() if isinstance(k, str) and k not in ("optimizer", "param_state")}
 
     def entry(kind: str, **own: Any) -> dict[str, Any]:
-        # A variant's second moment is made below.
         made = {"muon": {"variant": config.variant}} if kind == "muon" else {}
         return {**rest, **own, "optimizer": {"kind": kind, "param_groups": groups, **made}}
 
-    # Without parameter state: what an optimizer is told that stores nothing on this rank.
+    # For optimizers that store nothing on this rank.
     out = {-2: entry("adam"), -1: entry("muon")}
     for at, param_state in ((at, part["param_state"]) for at, part in own.items() if "param_state" in part):
-        momenta = [states[MOMENTUM] for states in param_state.values() if MOMENTUM in states]
-        for momentum in momenta:
-            _start(momentum, config)
-        if config.variant != "muon":
-            for states in (states for states in param_state.values() if MOMENTUM in states):
+        of_muon = [states for states in param_state.values() if MOMENTUM in states]
+        for states in of_muon:
+            if config.init_from_adamw == "fresh":
+                states[MOMENTUM].zero_()
+            else:
+                states[MOMENTUM].div_(1.0 - config.momentum)
+            if config.variant != "muon":
                 states[SECOND_MOMENT] = torch.zeros_like(states[MOMENTUM], dtype=torch.float32)
-        out[at] = entry("muon" if momenta else "adam", param_state=param_state)
+        out[at] = entry("muon" if of_muon else "adam", param_state=param_state)
     how = f"{MEAN} / (1 - {config.momentum})" if config.init_from_adamw == "momentum" else "zero"
     say(f"{_FLAG} {config.init_from_adamw}: the checkpoint is AdamW's; Muon's {MOMENTUM} starts from {how}")
     return out
-
-
-def _start(momentum: Tensor, config: MuonConfig) -> None:
-    if config.init_from_adamw == "fresh":
-        momentum.zero_()
-    else:
-        momentum.div_(1.0 - config.momentum)

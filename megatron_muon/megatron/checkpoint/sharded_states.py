@@ -34,11 +34,12 @@ from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, Distribut
 from megatron.core.optimizer.optimizer import ChainedOptimizer, param_group_identifier_keys
 from torch import Tensor, nn
 
+from megatron_muon.checkpoints.contents import optimizer_entries
 from megatron_muon.megatron.entry.messages import say
 
-# What a schedule writes into a group at every step; all else in a group comes from this run's settings.
+# Settings that a schedule changes at every step; a group's other settings are this run's.
 _SCHEDULED = ("lr", "weight_decay")
-# In which order two groups of different runs are taken for the same: what a group is for, before its numbers.
+# What identifies a group, the most important first.
 _STRUCTURE = ("is_expert_parallel", "is_decoupled_lr", "wd_mult", "lr_mult", "default_config", "optimizer")
 
 
@@ -57,12 +58,12 @@ class CheckpointedOptimizer(DistributedOptimizer):
         return success
 
     def _state_dtype(self, key: str) -> torch.dtype:
-        """In which a checkpoint holds a state tensor, or "param"."""
+        """The dtype of a state tensor, or of "param", in a checkpoint."""
         return torch.float32
 
     def _shared_state(self) -> dict[str, Any]:
         """Settings that go into a checkpoint beside the parameter groups."""
-        # The groups hold what the schedule has made of it.
+        # The groups hold the value that the schedule has changed.
         return {"settings": {"weight_decay": self.config.weight_decay}}
 
     def state_dict(self) -> dict[str, Any]:
@@ -234,21 +235,15 @@ class CheckpointedChain(ChainedOptimizer):
         Raises:
             ValueError: If the checkpoint has no optimizer of a kind that this run has.
         """
-        entries = _entries_by_position(state_dict)
+        entries = optimizer_entries(state_dict)
         for position, optimizer in enumerate(self.chained_optimizers):
             own = entries.get(position, {})
             shared = _entry_of_kind(entries, position, optimizer.kind)
             optimizer.load_state_dict({**shared, **{k: v for k, v in own.items() if k.startswith("param_state")}})
 
 
-def _entries_by_position(state_dict: Any) -> dict[int, dict[str, Any]]:
-    if isinstance(state_dict, Mapping):
-        return {0: dict(state_dict)} if "optimizer" in state_dict else {int(k): v for k, v in state_dict.items()}
-    return dict(enumerate(state_dict))
-
-
 def _entry_of_kind(entries: Mapping[int, dict[str, Any]], position: int, kind: str) -> dict[str, Any]:
-    """What a checkpoint says beside parameter state: of this place in the chain if of this kind, else of another."""
+    """A checkpoint's entry for an optimizer of this kind, without parameter state: preferably that of `position`."""
     for at in (position, *sorted(entries)):
         entry = entries.get(at, {})
         if entry.get("optimizer", {}).get("kind") == kind:
@@ -260,7 +255,7 @@ def _entry_of_kind(entries: Mapping[int, dict[str, Any]], position: int, kind: s
     )
 
 
-# The flags of Megatron whose values stand under other names in parameter groups.
+# Megatron's flags for settings that have another name in parameter groups.
 _FLAGS = {
     "max_lr": "--lr",
     "betas": "--adam-beta1 and --adam-beta2",
@@ -271,12 +266,12 @@ _FLAGS = {
 
 
 def report_changes(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> None:
-    """Prints on rank 0, once each, which settings of this run differ from those that a checkpoint was written with.
+    """Prints on rank 0, once each, the settings of this run that differ from those of a checkpoint.
 
     Args:
-        saved: The checkpoint's, by name; what it does not have is not reported.
-        current: This run's.
-        prefix: Beginning of the flags that the names do not have.
+        saved: Settings of the checkpoint by name. Settings that it lacks are not reported.
+        current: Settings of this run.
+        prefix: Prefix of the flags that the names do not have.
     """
     for key in sorted(saved.keys() & current.keys()):
         if not _equal(saved[key], current[key]):
@@ -297,9 +292,9 @@ def _entries_of_bucket(loaded: Any, number: int) -> list[dict[str, Any]]:
 
 
 def _unpadded_ranges(buffer: Any) -> Iterator[tuple[nn.Parameter, tuple[int, int]]]:
-    """Yields each parameter of a buffer and its range in the buffer without the padding after each bucket.
+    """Yields each parameter of a buffer with its range in the buffer without padding after each bucket.
 
-    That is where Megatron puts it when it joins a buffer's shards; `param_index_map` counts the padding.
+    Megatron joins a buffer's shards without that padding, but `param_index_map` counts it.
     """
     shifts, joined = [], 0
     for bucket in buffer.buckets:
@@ -322,13 +317,13 @@ def restored_groups(
     """This run's parameter groups with the progress of a checkpoint's.
 
     Args:
-        current: The groups of this run.
-        saved: Those of the checkpoint, in any order.
-        kind: Which optimizer they are of, for messages.
+        current: Groups of this run.
+        saved: Groups of the checkpoint, in any order.
+        kind: Optimizer of the groups, for messages.
 
     Returns:
-        Groups without parameters, in the order of `current`: this run's settings, but lr, weight_decay and step of the
-        saved group that is most alike. Prints settings that differ from those of that group.
+        Groups without parameters, in the order of `current`, with this run's settings; lr, weight_decay and step are
+        those of the most similar saved group. Settings that differ from that group are printed.
 
     Raises:
         ValueError: If the checkpoint has no groups.
@@ -337,26 +332,21 @@ def restored_groups(
         raise ValueError(
             f"the checkpoint has no parameter groups of {kind}; load it with --no-load-optim to start a new state"
         )
-    from_checkpoint = _schedule_from_checkpoint()
+    scheduled = (*_SCHEDULED, *_schedule_from_checkpoint())
     out = []
     for group in current:
         match = max(saved, key=lambda other: [_same(group, other, key) for key in _STRUCTURE])
         merged = {k: v for k, v in group.items() if k != "params"}
-        for key in ("step", *_SCHEDULED, *(from_checkpoint if _alike(group, match) else ())):
-            if key in match and (key == "step" or _alike(group, match)):
-                merged[key] = match[key]
+        alike = all(_same(group, match, key) for key in _STRUCTURE)
+        merged |= {key: match[key] for key in ("step", *(scheduled if alike else ())) if key in match}
         old, new = ({k: v for k, v in g.items() if k in _COMPARED} for g in (match, merged))
         report_changes(old, new)
         out.append(merged)
     return out
 
 
-# Adam's own settings, which Megatron's load would silently take from the checkpoint, and what identifies a group.
+# Settings of a group that are reported if they differ: Adam's, and those that identify the group.
 _COMPARED = frozenset(param_group_identifier_keys) | {"betas", "eps", "decoupled_weight_decay"}
-
-
-def _alike(group: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return all(_same(group, other, key) for key in _STRUCTURE)
 
 
 def _same(group: Mapping[str, Any], other: Mapping[str, Any], key: str) -> bool:
@@ -369,7 +359,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _schedule_from_checkpoint() -> tuple[str, ...]:
-    """Keys that --use-checkpoint-opt_param-scheduler takes from the checkpoint: the schedule reads them from groups."""
+    """The keys of groups that --use-checkpoint-opt_param-scheduler takes from the checkpoint."""
     state = sys.modules.get("megatron.training.global_vars")
     args = getattr(state, "_GLOBAL_ARGS", None)
     if not getattr(args, "use_checkpoint_opt_param_scheduler", False):

@@ -1,6 +1,6 @@
-"""Compares the settings of all ranks, before anything is built from them.
+"""Compares the settings of all ranks before anything is built, and gives work of several ranks one outcome.
 
-Ranks with other settings train on silently with wrong updates, or wait for each other for ever: a variant, a logged or
+Ranks with other settings train on silently with wrong updates, or wait for each other forever: a variant, a logged or
 a profiled step and QK-Clip issue collectives of their own.
 """
 
@@ -90,30 +90,72 @@ def agree_on_settings(settings: Mapping[str, Any]) -> None:
         )
 
 
-def all_or_none[T](work: Callable[[], T]) -> list[T]:
-    """Calls `work` on every rank, and gathers what it returns. Collective over the world: one `all_gather_object`.
+def all_or_none[T](work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """Calls `work` on every rank, and gathers what it returns. Collective over the group: one `all_gather_object`.
+
+    Args:
+        work: What each rank does; it issues no collective.
+        group: None: the world. Without process groups this process is the only rank.
 
     Returns:
         What `work` returned on each rank, by rank.
 
     Raises:
-        Exception: On every rank, if `work` raises ValueError, NotImplementedError, RuntimeError or TypeError on any:
-            that of the first such rank. The message names the ranks, unless it is the same on all of them.
+        Exception: On every rank, if `work` raises one of `_SHARED_ERRORS` on any: that of the first such rank. The
+            message names the ranks, unless it is the same on all of them.
     """
-    own: tuple[T | None, Exception | None]
-    try:
-        own = work(), None
-    except (ValueError, NotImplementedError, RuntimeError, TypeError) as error:
-        own = None, error
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, own)
+    value, own = _attempt(work)
+    gathered: list[Any] = [(value, own)]
+    if dist.is_initialized():
+        gathered = [None] * size_of(group)
+        dist.all_gather_object(gathered, (value, own), group=group)
     errors = {rank: error for rank, (_, error) in enumerate(gathered) if error is not None}
     if errors:
         first = next(iter(errors.values()))
-        alike = [rank for rank, error in errors.items() if str(error) == str(first)]
+        ranks = range(len(gathered)) if group is None else dist.get_process_group_ranks(group)
+        alike = [ranks[rank] for rank, error in errors.items() if str(error) == str(first)]
         where = "" if len(alike) == len(gathered) else f" (on global rank{'s' * (len(alike) > 1)} "
-        raise type(first)(str(first) + (where and f"{where}{describe_ranks(alike)})")) from own[1]
+        raise type(first)(str(first) + (where and f"{where}{describe_ranks(alike)})")) from own
     return [value for value, _ in gathered]
+
+
+def from_first[T](work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Calls `work` on the group's first rank alone and returns its result on every rank: one broadcast.
+
+    Otherwise as `all_or_none`, whose result would hold a value for each rank.
+    """
+    outcome = _attempt(work) if rank_in(group) == 0 else (None, None)
+    own = outcome[1]
+    if dist.is_initialized():
+        payload = [outcome]
+        dist.broadcast_object_list(payload, group=group, group_src=0)
+        outcome = payload[0]
+    value, error = outcome
+    if error is not None:
+        raise type(error)(str(error)) from own
+    return value  # type: ignore[return-value]
+
+
+def rank_in(group: dist.ProcessGroup | None = None) -> int:
+    """This process's rank in the group; 0 without process groups."""
+    return dist.get_rank(group) if dist.is_initialized() else 0
+
+
+def size_of(group: dist.ProcessGroup | None = None) -> int:
+    """The group's number of ranks; 1 without process groups."""
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+_SHARED_ERRORS: tuple[type[Exception], ...] = (ValueError, NotImplementedError, RuntimeError, TypeError, OSError)
+
+
+def _attempt[T](work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return work(), None
+    except _SHARED_ERRORS as error:
+        # Each rank makes the error again from its message, which not every subclass can be made from.
+        kind = next(kind for kind in _SHARED_ERRORS if isinstance(error, kind))
+        return None, kind(str(error)).with_traceback(error.__traceback__)
 
 
 def differences(by_rank: Sequence[Mapping[str, Any]]) -> list[str]:

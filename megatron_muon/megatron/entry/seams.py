@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from megatron_muon.megatron.checkpoint import adoption, save_manifest, writers
+from megatron_muon.megatron.checkpoint import adoption, loading, saving
 from megatron_muon.megatron.entry import arguments
 from megatron_muon.megatron.entry.active import activate_by_flags, active_config, cpu_backend_installed
 from megatron_muon.megatron.entry.agreement import agree_on_settings, settings_of
@@ -301,19 +301,19 @@ CORE: tuple[Seam, ...] = (
     ),
     Seam(
         target=f"{_CHECKPOINTING}.serialization:save",
-        replacement=save_manifest.save,
+        replacement=saving.save,
         why="a manifest ends every save, in every loop",
         parameters=("sharded_state_dict", "checkpoint_dir"),
     ),
     Seam(
         target=f"{_CHECKPOINTING}.serialization:load",
-        replacement=save_manifest.load,
+        replacement=loading.load,
         why="a checkpoint is checked before anything is read from it",
         parameters=("sharded_state_dict", "checkpoint_dir", "sharded_strategy", "validate_access_integrity"),
     ),
     Seam(
         target=f"{_CHECKPOINTING}.strategies.filesystem_async:FileSystemWriterAsync.write_preloaded_data",
-        replacement=writers.write_preloaded_data,
+        replacement=saving.write_preloaded_data,
         why="it knows which file could not be written, which its callers leave out of the error",
         parameters=(
             *("transform_list", "local_proc_idx", "write_bucket", "results_queue", "count_queue", "use_fsync"),
@@ -324,21 +324,21 @@ CORE: tuple[Seam, ...] = (
     ),
     Seam(
         target=f"{_CHECKPOINTING}.strategies.filesystem_async:FileSystemWriterAsync.get_save_function_and_args",
-        replacement=writers.get_save_function_and_args,
+        replacement=saving.get_save_function_and_args,
         why="names the function that writes a rank's files, in this process or another: it is to digest what it writes",
         parameters=("self",),
         exact=True,
     ),
     Seam(
         target=f"{_CHECKPOINTING}.strategies.filesystem_async:FileSystemWriterAsync.finish",
-        replacement=writers.finish,
+        replacement=saving.finish,
         why="gets the results of all ranks, with the digests of their files",
         parameters=("self", "metadata", "results"),
         exact=True,
     ),
     Seam(
         target=f"{_CHECKPOINTING}.strategies.async_utils:PersistentAsyncCaller.is_current_async_call_done",
-        replacement=writers.is_current_async_call_done,
+        replacement=saving.is_current_async_call_done,
         why="it waits for ever for a writer that was killed",
         parameters=("self", "blocking", "no_dist"),
         exact=True,
@@ -381,14 +381,14 @@ TRAINING: tuple[Seam, ...] = (
     ),
     Seam(
         target="megatron.training.checkpointing:_get_checkpoint_format",
-        replacement=save_manifest.get_checkpoint_format,
+        replacement=loading.get_checkpoint_format,
         why="the first that looks at a checkpoint to be loaded, in every format",
         parameters=("checkpoint_name", "args"),
         exact=True,
     ),
     Seam(
         target="megatron.training.checkpointing:save_checkpoint",
-        replacement=save_manifest.save_checkpoint,
+        replacement=saving.save_checkpoint,
         why="legacy files are written there, not in a function of their own",
         parameters=("iteration", "model", "optimizer"),
         acts="with Distributed Muon and --ckpt-format torch",
