@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from megatron_muon.megatron.entry import arguments
-from megatron_muon.megatron.entry.fp8_checks import RECIPES, Machine
+from megatron_muon.megatron.entry.fp8_checks import RECIPES
+from megatron_muon.megatron.entry.fp8_checks import Fp8Machine as Machine
 from tests.megatron.test_arguments import extended_parser
 from tests.paths import EXAMPLES
 from tests.seams import seams_removed_afterwards

@@ -346,7 +346,7 @@ BAD_WORDS: list[tuple[tuple[str, ...], type[Exception], str]] = [
         NotImplementedError,
         "--overlap-param-gather-with-optimizer-step: got True",
     ),
-    (("--no-use-layer-wise-param-layout",), ValueError, "use_layer_wise_param_layout"),
+    (("--no-use-layer-wise-param-layout",), ValueError, "--no-use-layer-wise-param-layout"),
     (("--use-mup",), ValueError, "--muon-scale-mode: got 'rms', expected 'unit_rms_norm' or 'shape_scaling'"),
     (("--qk-clip", "--qk-clip-threshold", "0"), ValueError, "--qk-clip-threshold: got 0.0, expected a positive number"),
     (("--qk-clip", "--qk-clip-alpha", "1.5"), ValueError, "--qk-clip-alpha: got 1.5, expected a number in"),

@@ -19,7 +19,8 @@ from torch import nn
 
 from megatron_muon.config import MoeFp8, MuonConfig
 from megatron_muon.megatron.entry import active, arguments, seams
-from megatron_muon.megatron.entry.fp8_checks import RECIPES, Machine, check_arguments_fp8, this_machine
+from megatron_muon.megatron.entry.fp8_checks import RECIPES, check_arguments_fp8, this_machine
+from megatron_muon.megatron.entry.fp8_checks import Fp8Machine as Machine
 from megatron_muon.megatron.model import expert_fp8 as moe_fp8
 from tests import models
 from tests.distributed import run_ranks

@@ -17,7 +17,7 @@ from typing import Any, get_args, get_type_hints
 from megatron_muon.config import PRESETS, Group, MuonConfig, Preset
 from megatron_muon.matrices.user_rows import load_split_rows
 from megatron_muon.megatron.entry.checks import check_arguments, check_mup
-from megatron_muon.megatron.entry.fp8_checks import Machine, check_arguments_fp8, is_emulated
+from megatron_muon.megatron.entry.fp8_checks import Fp8Machine, check_arguments_fp8, is_emulated
 from megatron_muon.megatron.entry.messages import say, warn
 from megatron_muon.megatron.model import expert_fp8
 from megatron_muon.newton_schulz import ALIASES
@@ -144,7 +144,7 @@ def _flags() -> Iterator[tuple[dataclasses.Field[Any], str, dict[str, Any]]]:
 
 
 def apply(
-    args: argparse.Namespace, changes: ParserChanges, *, cpu: bool = False, machine: Machine | None = None
+    args: argparse.Namespace, changes: ParserChanges, *, cpu: bool = False, machine: Fp8Machine | None = None
 ) -> MuonConfig | None:
     """Completes parsed arguments: for Distributed Muon, or exactly as stock Megatron would have parsed them.
 
@@ -187,7 +187,7 @@ def apply(
     return config
 
 
-def _apply_fp8(args: argparse.Namespace, config: MuonConfig, *, cpu: bool, machine: Machine | None) -> None:
+def _apply_fp8(args: argparse.Namespace, config: MuonConfig, *, cpu: bool, machine: Fp8Machine | None) -> None:
     """Checks what is asked of FP8, and sets the flags of Megatron that `--muon-moe-fp8` implies; says which."""
     check_arguments_fp8(args, config.moe_fp8, cpu=cpu, machine=machine)
     if config.moe_fp8 == "off":

@@ -1,4 +1,4 @@
-"""What Distributed Muon refuses: settings of Megatron it cannot honour, found before the first collective.
+"""Settings of Megatron that Distributed Muon cannot honour are refused here, before the first collective.
 
 One table serves command lines, where a setting is a flag, and other training loops, where it is a field of
 `OptimizerConfig` or `DistributedDataParallelConfig`.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,69 +20,84 @@ SUPPORTED_VERSIONS = ">=0.19,<0.20"
 
 
 @dataclass(frozen=True)
-class _Refusal:
+class Refusal:
     """A setting of Megatron that must keep one value.
 
     Attributes:
         setting: The attribute, the same on parsed arguments and on Megatron's configs.
         why: Why no other value works.
-        expected: The value it must have. An object without the attribute passes.
-        flag: The command-line flag, where it is not made of the attribute's name.
+        expected: The value that it must have. An object without the attribute passes.
         error: ValueError where the request contradicts itself, NotImplementedError where it is only not supported.
+        flag: The command-line flag, where it is not made of the attribute's name.
     """
 
     setting: str
     why: str
     expected: Any = False
-    flag: str = ""
     error: type[Exception] = NotImplementedError
-
-    def check(self, owner: Any, *, where: str = "") -> None:
-        """Raises `error` if `owner` has another value. `where` names a config; without it the flag is named."""
-        got = getattr(owner, self.setting, self.expected)
-        if got == self.expected:
-            return
-        if where:
-            name, remedy = f"{where}.{self.setting}", f"set it to {self.expected!r}"
-        elif self.flag:
-            name, remedy = f"{self.setting} ({self.flag})", f"omit {self.flag}"
-        else:
-            name, remedy = f"--{self.setting.replace('_', '-')}", "omit it"
-        raise self.error(f"{name}: got {got!r}, expected {self.expected!r} with Distributed Muon: {self.why}; {remedy}")
+    flag: str = ""
 
 
+_NO_BUFFERS = "momentum is sharded over the buffers of DistributedOptimizer, which FSDP does not have"
 _OPTIMIZER = (
-    _Refusal("use_precision_aware_optimizer", "its low-precision state is kept by Transformer Engine's Adam alone"),
-    _Refusal("optimizer_cpu_offload", "the exchange needs momentum and gradients on the training device"),
-    _Refusal(
+    Refusal("use_precision_aware_optimizer", "its low-precision state is kept by Transformer Engine's Adam alone"),
+    Refusal("optimizer_cpu_offload", "the exchange needs momentum and gradients on the training device"),
+    Refusal(
         "overlap_param_gather_with_optimizer_step",
         "parameters may be gathered only once Muon and AdamW have both stepped",
     ),
-    _Refusal("optimizer_cuda_graph", "the exchange's collectives and host-side plan cannot be captured"),
-    _Refusal(
+    Refusal("optimizer_cuda_graph", "the exchange's collectives and host-side plan cannot be captured"),
+    Refusal(
         "use_layer_wise_distributed_optimizer",
         "momentum is sharded by Megatron's DistributedOptimizer instead",
         error=ValueError,
     ),
 )
 _DDP = (
-    _Refusal("fp4_param_gather", "only FP8 and bf16 parameters are gathered after Muon's update"),
-    _Refusal("use_megatron_fsdp", "momentum is sharded over DistributedOptimizer's buffers, which FSDP has not"),
-    _Refusal("use_custom_fsdp", "momentum is sharded over DistributedOptimizer's buffers, which FSDP has not"),
+    Refusal("fp4_param_gather", "only FP8 and bf16 parameters are gathered after Muon's update"),
+    Refusal("use_megatron_fsdp", _NO_BUFFERS),
+    Refusal("use_custom_fsdp", _NO_BUFFERS),
 )
 # Only on command lines: Megatron passes these to other parts than the optimizer and DDP.
 _ARGUMENTS = (
-    _Refusal("use_torch_fsdp2", "momentum is sharded over DistributedOptimizer's buffers, which FSDP has not"),
-    _Refusal(
+    Refusal("use_torch_fsdp2", _NO_BUFFERS),
+    Refusal(
         "use_layer_wise_param_layout",
         "it chooses a layout of the layer-wise optimizer, which Distributed Muon replaces",
         expected=True,
         flag="--no-use-layer-wise-param-layout",
         error=ValueError,
     ),
-    _Refusal("dump_param_to_param_group_map", "the file has no place for the two optimizers", expected=None),
-    _Refusal("freeze_all_layers", "it leaves nothing to train and switches DistributedOptimizer off", error=ValueError),
+    Refusal("dump_param_to_param_group_map", "the file has no place for the two optimizers", expected=None),
+    Refusal("freeze_all_layers", "it leaves nothing to train and switches DistributedOptimizer off", error=ValueError),
 )
+_NOT_NEGATIVE = ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "weight_decay")
+
+
+def refuse(
+    refusals: Iterable[Refusal], owner: Any, feature: str = "Distributed Muon", *, where: str = "", remedy: str = ""
+) -> None:
+    """Raises the error of the first refusal that applies.
+
+    Args:
+        refusals: Settings that must keep their values.
+        owner: Parsed arguments, or one of Megatron's configs.
+        feature: What does not work with other values, for the message.
+        where: Name of the config; without it the message names the flag.
+        remedy: What to do; by default to omit the flag or to set the config's field.
+    """
+    for refusal in refusals:
+        got = getattr(owner, refusal.setting, refusal.expected)
+        if got == refusal.expected:
+            continue
+        name = f"{where}.{refusal.setting}" if where else refusal.flag or flag_of(refusal.setting)
+        what = remedy or (f"set it to {refusal.expected!r}" if where else "omit it")
+        raise refusal.error(f"{name}: got {got!r}, expected {refusal.expected!r} with {feature}: {refusal.why}; {what}")
+
+
+def flag_of(setting: str) -> str:
+    """The flag whose value argparse stores as `setting`."""
+    return f"--{setting.replace('_', '-')}"
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -92,8 +108,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         NotImplementedError: If a feature is asked for that Distributed Muon does not support.
     """
     _check_optimizer_name(args.optimizer)
-    for refusal in (*_DDP, *_ARGUMENTS, *_OPTIMIZER):
-        refusal.check(args)
+    refuse((*_DDP, *_ARGUMENTS, *_OPTIMIZER), args)
     if not args.use_distributed_optimizer:
         raise ValueError(
             "--use-distributed-optimizer: got False, expected True with --distributed-muon, which shards momentum in "
@@ -108,8 +123,8 @@ def check_arguments(args: argparse.Namespace) -> None:
             "--reuse-grad-buf-for-mxfp8-param-ag: got False, expected True with --fp8-param-gather and --fp8-recipe "
             "mxfp8, whose parameters cannot lie in a buffer of DDP; add it"
         )
-    for name in ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "weight_decay"):
-        _check_not_negative(f"--{name.replace('_', '-')}", getattr(args, name, None))
+    for name in _NOT_NEGATIVE:
+        _check_not_negative(flag_of(name), getattr(args, name, None))
     _check_loss_scale("--loss-scale", args.fp16, args.loss_scale)
     if getattr(args, "qk_clip", False):
         from megatron_muon.rule.qk_clip import ClipRule
@@ -117,12 +132,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         ClipRule(args.qk_clip_threshold, args.qk_clip_alpha)  # raises
     check_checkpoint_step(args, legacy=args.ckpt_format == "torch")
     tensor_parallel = args.tensor_model_parallel_size
-    _check_weight_shards("--tensor-parallel-num-weight-shards", args.tensor_parallel_num_weight_shards, tensor_parallel)
-    _check_weight_shards(
-        "--expert-tensor-parallel-num-weight-shards",
-        args.expert_tensor_parallel_num_weight_shards,
-        args.expert_tensor_parallel_size or tensor_parallel,
-    )
+    for kind, ranks in (("", tensor_parallel), ("expert_", args.expert_tensor_parallel_size or tensor_parallel)):
+        shards = getattr(args, f"{kind}tensor_parallel_num_weight_shards")
+        if shards is not None and shards > ranks:
+            raise NotImplementedError(
+                f"{flag_of(kind)}tensor-parallel-num-weight-shards: got {shards}, expected at most the tensor-parallel "
+                f"size {ranks} with --distributed-muon: weights that are split further and rematerialized are not "
+                "supported; omit it"
+            )
 
 
 def check_checkpoint_step(args: argparse.Namespace, *, legacy: bool) -> None:
@@ -145,11 +162,11 @@ def check_checkpoint_step(args: argparse.Namespace, *, legacy: bool) -> None:
 
 
 def check_variant(saved: str, current: str) -> None:
-    """Checks that a checkpoint has the second moment that a variant of Muon goes on from.
+    """Checks that a checkpoint has the second moment that a variant of Muon needs to resume.
 
     Args:
-        saved: --muon-variant of the run that wrote the checkpoint.
-        current: That of this run.
+        saved: Variant of the run that wrote the checkpoint.
+        current: Variant of this run.
 
     Raises:
         ValueError: If it has none, or one of another kind.
@@ -158,7 +175,7 @@ def check_variant(saved: str, current: str) -> None:
         return
     has = "no second moment" if saved == "muon" else f"{saved}'s second moment"
     raise ValueError(
-        f"--muon-variant: got {current}, expected {saved}, by which the checkpoint was written: it has {has}; add "
+        f"--muon-variant: got {current}, expected {saved}, the checkpoint's variant: it has {has}; add "
         f"--muon-variant {saved}, or --no-load-optim to keep the weights and start all optimizer state anew"
     )
 
@@ -200,12 +217,10 @@ def check_optimizer_config(config: OptimizerConfig, ddp_config: DistributedDataP
     if isinstance(ddp_config, TorchFullyShardedDataParallelConfig):
         raise NotImplementedError(
             "ddp_config: got torch FSDP2's config, expected DistributedDataParallelConfig with Distributed Muon, since "
-            "momentum is sharded over DistributedOptimizer's buffers; wrap the model with DistributedDataParallel"
+            f"{_NO_BUFFERS}; wrap the model with DistributedDataParallel"
         )
-    for refusal in _DDP:
-        refusal.check(ddp_config, where="DistributedDataParallelConfig")
-    for refusal in _OPTIMIZER:
-        refusal.check(config, where="OptimizerConfig")
+    refuse(_DDP, ddp_config, where="DistributedDataParallelConfig")
+    refuse(_OPTIMIZER, config, where="OptimizerConfig")
     for where, owner in (("OptimizerConfig", config), ("DistributedDataParallelConfig", ddp_config)):
         if not owner.use_distributed_optimizer:
             raise ValueError(
@@ -217,7 +232,7 @@ def check_optimizer_config(config: OptimizerConfig, ddp_config: DistributedDataP
             "OptimizerConfig.decoupled_weight_decay: got False, expected True with Distributed Muon: a penalty in the "
             "gradient would be orthogonalized away; set it to True"
         )
-    for name in ("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "weight_decay"):
+    for name in _NOT_NEGATIVE:
         _check_not_negative(f"OptimizerConfig.{name}", getattr(config, name))
     _check_loss_scale("OptimizerConfig.loss_scale", config.fp16, config.loss_scale)
 
@@ -225,7 +240,7 @@ def check_optimizer_config(config: OptimizerConfig, ddp_config: DistributedDataP
 def check_megatron_version() -> str:
     """Returns the version of the Megatron-Core that is imported here.
 
-    A Megatron-LM source tree on `sys.path` hides an installed wheel, so it is the imported code that is asked.
+    A Megatron-LM source tree on `sys.path` hides an installed wheel, so the imported code is checked.
 
     Raises:
         RuntimeError: If this package has not been made for that version.
@@ -267,12 +282,4 @@ def _check_loss_scale(name: str, fp16: bool, loss_scale: float | None) -> None:
         raise ValueError(
             f"{name}: got {loss_scale}, expected None (dynamic) or more than 1 with fp16, whose small gradients vanish "
             "without loss scaling; omit it, or train in bf16"
-        )
-
-
-def _check_weight_shards(flag: str, shards: int | None, tensor_parallel: int) -> None:
-    if shards is not None and shards > tensor_parallel:
-        raise NotImplementedError(
-            f"{flag}: got {shards}, expected at most the tensor-parallel size {tensor_parallel} with "
-            "--distributed-muon: weights that are split further and rematerialized are not supported; omit it"
         )

@@ -1,7 +1,7 @@
-"""What FP8 needs of a run's settings and of its machine, checked before anything is built.
+"""Checks, before anything is built, what FP8 needs of a run's settings and machine.
 
-Megatron takes some of these in silence (`TransformerConfig(fp8="e5m2")` trains in bf16 where Transformer Engine is
-missing), and meets others only in the first forward pass.
+Megatron ignores some of these problems (`TransformerConfig(fp8="e5m2")` trains in bf16 without Transformer Engine), and
+others appear only in the first forward pass.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from types import MappingProxyType
 from typing import Any
 
 from megatron_muon.config import MoeFp8
+from megatron_muon.megatron.entry.checks import Refusal, flag_of, refuse
 
 FORMATS = ("e4m3", "hybrid")
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What a rank finds on its machine.
+class Fp8Machine:
+    """What a rank's machine has for FP8.
 
     Attributes:
         te_version: Version of Transformer Engine; None where it is not installed.
@@ -32,16 +33,16 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Fp8Recipe:
     """What an FP8 recipe of Transformer Engine needs.
 
     Attributes:
         format: The recipe's usual format: hybrid has gradients in e5m2, e4m3 has everything in e4m3.
-        block: Both dimensions of a weight on a rank must be multiples of it: the block with one scale, or what FP8
-            matrix products need.
-        te_version: The first Transformer Engine that Megatron-Core uses it with, for grouped products of experts.
-        capability: Least compute capability.
-        capability_end: The first compute capability that has it no more.
+        block: Number of which both dimensions of a weight on a rank are multiples: the block with one scale, or what
+            FP8 matrix products need.
+        te_version: First Transformer Engine with which Megatron-Core uses the recipe for grouped products of experts.
+        capability: Lowest compute capability.
+        capability_end: First compute capability that no longer has it.
     """
 
     format: str
@@ -50,55 +51,39 @@ class Recipe:
     capability: tuple[int, int]
     capability_end: tuple[int, int] | None = None
 
+    def runs_on(self, capability: tuple[int, int] | None) -> bool:
+        """Whether a CUDA device of this compute capability has the recipe; None stands for no device."""
+        return capability is not None and self.capability <= capability < (self.capability_end or (99, 0))
+
 
 # Sources: versions from megatron-core 0.19.2, fp8_utils.get_fp8_recipe and TransformerConfig; capabilities from
 # Transformer Engine 2.20.2, quantization.py (_compute_*_support); blocks from its assert_dim_for_fp8_exec and
 # is_quantizable; formats are its recipes' defaults.
-RECIPES: Mapping[str, Recipe] = MappingProxyType(
+RECIPES: Mapping[str, Fp8Recipe] = MappingProxyType(
     {
-        "delayed": Recipe("hybrid", 16, "1.11.0", (8, 9)),
-        "tensorwise": Recipe("hybrid", 16, "2.2.0", (8, 9)),
-        "blockwise": Recipe("e4m3", 128, "2.3.0", (9, 0)),
-        "mxfp8": Recipe("e4m3", 32, "2.1.0", (10, 0), (12, 0)),
+        "delayed": Fp8Recipe("hybrid", 16, "1.11.0", (8, 9)),
+        "tensorwise": Fp8Recipe("hybrid", 16, "2.2.0", (8, 9)),
+        "blockwise": Fp8Recipe("e4m3", 128, "2.3.0", (9, 0)),
+        "mxfp8": Fp8Recipe("e4m3", 32, "2.1.0", (10, 0), (12, 0)),
     }
 )
 
-# Settings that contradict --muon-moe-fp8, by destination: flag, the value it must have, why, error.
-_CONTRADICTIONS: Mapping[str, tuple[str, Any, str, type[Exception]]] = MappingProxyType(
-    {
-        "fp8": ("--fp8-format", None, "it makes all linears FP8, not the experts' alone", ValueError),
-        "fp4": ("--fp4-format", None, "a run has one low-precision format", ValueError),
-        "fp8_output_proj": ("--fp8-output-proj", False, "the head stays in bf16", ValueError),
-        "te_precision_config_file": (
-            "--te-precision-config-file",
-            None,
-            "the flag brings such a file itself",
-            ValueError,
-        ),
-        "use_transformer_engine_op_fuser": (
-            "--use-transformer-engine-op-fuser",
-            False,
-            "fused layers take no precision of their own, so that dense ones would be FP8 as well",
-            NotImplementedError,
-        ),
-        "use_grouped_gemm_for_shared_expert": (
-            "--use-grouped-gemm-for-shared-expert",
-            False,
-            "fused layers take no precision of their own",
-            NotImplementedError,
-        ),
-        "use_grouped_gemm_for_dense_mlp": (
-            "--use-grouped-gemm-for-dense-mlp",
-            False,
-            "fused layers take no precision of their own",
-            NotImplementedError,
-        ),
-    }
+# Settings that contradict --muon-moe-fp8.
+_FUSED = "fused layers take no precision of their own, so that dense ones would be FP8 as well"
+_CONTRADICTIONS = (
+    Refusal("fp8", "it makes all linears FP8, not the experts' alone", None, ValueError, "--fp8-format"),
+    Refusal("fp4", "a run has one low-precision format", None, ValueError, "--fp4-format"),
+    Refusal("fp8_output_proj", "the head stays in bf16", error=ValueError),
+    Refusal("te_precision_config_file", "the flag brings such a file itself", None, ValueError),
+    *(
+        Refusal(f"use_{name}", _FUSED)
+        for name in ("transformer_engine_op_fuser", "grouped_gemm_for_shared_expert", "grouped_gemm_for_dense_mlp")
+    ),
 )
 
 
-def this_machine() -> Machine:
-    """Asks for Transformer Engine and for this rank's CUDA device, as Megatron does. Imports Transformer Engine."""
+def this_machine() -> Fp8Machine:
+    """Looks for Transformer Engine and this rank's CUDA device, as Megatron does. Imports Transformer Engine."""
     import torch
     from megatron.core.utils import get_te_version
 
@@ -106,11 +91,11 @@ def this_machine() -> Machine:
     capability = None
     if torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(int(os.environ.get("LOCAL_RANK", "0")))
-    return Machine(None if version.release == (0, 0, 0) else str(version), capability)
+    return Fp8Machine(None if version.release == (0, 0, 0) else str(version), capability)
 
 
 def check_arguments_fp8(
-    args: argparse.Namespace, moe_fp8: MoeFp8, *, cpu: bool = False, machine: Machine | None = None
+    args: argparse.Namespace, moe_fp8: MoeFp8, *, cpu: bool = False, machine: Fp8Machine | None = None
 ) -> None:
     """Checks everything FP8 in the parsed arguments of a run with `--distributed-muon`, before `validate_args`.
 
@@ -128,13 +113,16 @@ def check_arguments_fp8(
     recipe, flag = moe_fp8, f"--muon-moe-fp8 {moe_fp8}"
     emulated = is_emulated(args, moe_fp8, cpu=cpu)
     if moe_fp8 == "off":
-        _check_param_gather(args)
         if args.fp8 is None:
+            if getattr(args, "fp8_param_gather", False):
+                raise ValueError(
+                    "--fp8-param-gather: got True, expected False without FP8; add --muon-moe-fp8 or --fp8-format, or "
+                    "omit it"
+                )
             return
         check_names("--fp8-format", args.fp8, "--fp8-recipe", args.fp8_recipe)
         recipe, flag = args.fp8_recipe, f"--fp8-recipe {args.fp8_recipe}"
     else:
-        _check_experts(args)
         _check_contradictions(args, moe_fp8)
     if getattr(args, "first_last_layers_bf16", False) and recipe == "delayed":
         raise ValueError(
@@ -174,18 +162,18 @@ def check_names(format_name: str, fp8_format: Any, recipe_name: str, recipe: Any
             "(hybrid), weights and activations may not; correct it"
         )
     known = (*RECIPES, "custom")
-    # Megatron's Fp8Recipe is an Enum of these strings.
+    # Megatron's own Fp8Recipe is an Enum of these strings.
     if getattr(recipe, "value", recipe) not in known:
         raise ValueError(f"{recipe_name}: got {recipe!r}, expected one of {', '.join(map(repr, known))}; correct it")
 
 
-def check_machine(recipe: str, flag: str, machine: Machine, *, device: bool = True) -> None:
+def check_machine(recipe: str, flag: str, machine: Fp8Machine, *, device: bool = True) -> None:
     """Checks that Transformer Engine is there and, with `device`, that the device has the recipe.
 
     Args:
-        recipe: A recipe's name; of `custom` only Transformer Engine itself is checked.
-        flag: What asked for it, for the message.
-        machine: What is there.
+        recipe: Name of the recipe; with `custom` only Transformer Engine itself is checked.
+        flag: Flag or setting that asks for it, for the message.
+        machine: What the machine has.
         device: Whether the device is checked.
 
     Raises:
@@ -200,16 +188,10 @@ def check_machine(recipe: str, flag: str, machine: Machine, *, device: bool = Tr
             f"{flag}: got Transformer Engine {got}, expected {needs.te_version} or later; "
             "pip install 'megatron-muon[te]', or omit it"
         )
-    if not device or recipe not in RECIPES:
-        return
-    end = needs.capability_end
-    if (
-        machine.capability is None
-        or machine.capability < needs.capability
-        or (end is not None and machine.capability >= end)
-    ):
+    if device and recipe in RECIPES and not needs.runs_on(machine.capability):
+        end = needs.capability_end
         got = "no CUDA device" if machine.capability is None else f"compute capability {_dotted(machine.capability)}"
-        others = [name for name in RECIPES if _runs_on(name, machine.capability)]
+        others = [name for name, other in RECIPES.items() if other.runs_on(machine.capability)]
         remedy = f"choose {' or '.join(others)}" if others else "omit it"
         raise RuntimeError(
             f"{flag}: got {got}, expected {_dotted(needs.capability)} or later"
@@ -233,39 +215,17 @@ def check_dimension(name: str, numel: int, recipe: str, flag: str) -> None:
         )
 
 
-def _runs_on(recipe: str, capability: tuple[int, int] | None) -> bool:
-    needs = RECIPES[recipe]
-    return (
-        capability is not None
-        and capability >= needs.capability
-        and (needs.capability_end is None or capability < needs.capability_end)
-    )
-
-
 def _dotted(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
-def _check_param_gather(args: argparse.Namespace) -> None:
-    if getattr(args, "fp8_param_gather", False) and args.fp8 is None:
-        raise ValueError(
-            "--fp8-param-gather: got True, expected False without FP8; add --muon-moe-fp8 or --fp8-format, or omit it"
-        )
-
-
-def _check_experts(args: argparse.Namespace) -> None:
+def _check_contradictions(args: argparse.Namespace, moe_fp8: str) -> None:
     if not args.num_experts:
         raise ValueError(
             f"--num-experts: got {args.num_experts}, expected at least 1 with --muon-moe-fp8, which is for experts; "
             "use --fp8-format and --fp8-recipe for a dense model"
         )
-
-
-def _check_contradictions(args: argparse.Namespace, moe_fp8: str) -> None:
-    for dest, (flag, unset, why, error) in _CONTRADICTIONS.items():
-        got = getattr(args, dest, unset)
-        if got != unset:
-            raise error(f"{flag}: got {got!r}, expected {unset!r} with --muon-moe-fp8: {why}; omit one of the two")
+    refuse(_CONTRADICTIONS, args, "--muon-moe-fp8", remedy="omit one of the two")
     # Megatron's default is also what an unset flag reads as.
     if args.fp8_recipe not in ("delayed", moe_fp8):
         raise ValueError(
@@ -276,16 +236,10 @@ def _check_contradictions(args: argparse.Namespace, moe_fp8: str) -> None:
 
 def _check_dispatcher(args: argparse.Namespace, flag: str, *, implied: bool) -> None:
     """`implied`: the router is to pad, since --muon-moe-fp8 asks for it."""
-    given = next(
-        (
-            name
-            for name in ("moe_router_padding_for_quantization", "moe_router_padding_for_fp8")
-            if getattr(args, name, False)
-        ),
-        None,
-    )
+    flags = ("moe_router_padding_for_quantization", "moe_router_padding_for_fp8")
+    given = [flag_of(name) for name in flags if getattr(args, name, False)]
     if (given or implied) and args.moe_token_dispatcher_type == "allgather":
-        asked = f"--{given.replace('_', '-')}" if given else f"{flag}, which has the router pad its tokens"
+        asked = given[0] if given else f"{flag}, which makes the router pad its tokens"
         raise ValueError(
             f"--moe-token-dispatcher-type: got 'allgather', expected 'alltoall' or 'flex' with {asked}; choose one of "
             "these"

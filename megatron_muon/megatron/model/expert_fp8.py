@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_muon.config import MoeFp8
 from megatron_muon.megatron.entry.fp8_checks import (
     RECIPES,
-    Machine,
+    Fp8Machine,
     check_dimension,
     check_machine,
     check_names,
@@ -76,7 +76,7 @@ def prepare_model(
     moe_fp8: MoeFp8,
     *,
     emulate: Callable[[nn.Module, str, str], object] | None = None,
-    machine: Machine | None = None,
+    machine: Fp8Machine | None = None,
 ) -> None:
     """Sees to it that a model's FP8 is what was asked for, before DDP wraps it. Issues no collective.
 
