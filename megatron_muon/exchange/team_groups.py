@@ -39,13 +39,13 @@ def make_team_groups(
     for position, (_, group) in enumerate(plans):
         for ranks in sorted({of_rank[position] for of_rank in gathered if of_rank[position] is not None}):
             # Any: torch's type includes the placeholder that non-members get.
-            made: Any = dist.new_group(list(ranks), timeout=_timeout(group), group_desc=DESCRIPTION)
+            made: Any = dist.new_group(list(ranks), timeout=group_timeout(group), group_desc=DESCRIPTION)
             if ranks == own[position]:
                 out[position] = made
     return out
 
 
-def _timeout(group: dist.ProcessGroup) -> timedelta | None:
+def group_timeout(group: dist.ProcessGroup) -> timedelta | None:
     """The timeout of a group's collectives; None, which is torch's default, if its back end does not tell."""
     for device in group._device_types:
         options = getattr(group._get_backend(device), "options", None)

@@ -7,6 +7,16 @@ groups of whole ones, by ranks that need nothing of each other.
 Storage is row-major, so that what a flat slice has of a share is contiguous in the share's own row-major order within
 one tensor-parallel piece. On the wire it is one run; in the slice and in the collected tensor it is at most three
 strips for every range of rows: the end of a row, whole rows, the beginning of a row.
+
+An example: 6 x 8, stored as two flat slices, a of 20 elements and b of 28, and shared by two owners as columns:
+
+    columns   0 1 2 3   4 5 6 7
+    row 0     a a a a   a a a a     Slice a has 12 elements of the left share, positions 0 to 11 of it: one strip of 3
+    row 1     a a a a   a a a a     rows, 4 wide and 8 apart in the slice, and one run in the owner's tensor of 6 x 4.
+    row 2     a a a a   b b b b     It has 8 elements of the right share, positions 0 to 7: 2 rows, the first at the
+    row 3     b b b b   b b b b     slice's element 4. Slice b has the rest of both, from positions 12 and 8 on.
+    row 4     b b b b   b b b b
+    row 5     b b b b   b b b b
 """
 
 from __future__ import annotations

@@ -2,6 +2,15 @@
 
 A slice is a flat range of one tensor-parallel piece. Numbers given here are counted over the whole parameter, so that
 they are the same on every rank that stores the element, in every layout.
+
+An example: [gate; up] of 4 x 3 each, on two tensor-parallel ranks. A rank stores 4 x 3: two rows of gate, two of up.
+Elements 3 to 8 of the second rank's piece, the end of gate and the beginning of up, have
+
+    row of the piece   1 1 1   2 2 2
+    part               0 0 0   1 1 1
+    matrix             0 0 0   1 1 1
+    number             9 .. 11 18 .. 20     gate's rows 0 to 3 come first, with numbers 0 to 11, then up's
+    line               3 3 3   6 6 6        a line is a row here; gate has lines 0 to 3, up 4 to 7
 """
 
 from __future__ import annotations

@@ -5,12 +5,12 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from functools import cached_property
 from typing import Any
 
-import torch
 import torch.distributed as dist
+
+from megatron_muon.exchange.team_groups import group_timeout
 
 _Ranks = tuple[int, ...]
 
@@ -104,12 +104,6 @@ def _group(
     dp_group = own_groups[1]
     assert dp_group is not None
     # Any: torch's type includes the placeholder that non-members get; they never use it.
-    made: Any = create_group(list(ranks), timeout=_timeout(dp_group), group_desc=f"MUON_{name.upper()}_TP_DP_GROUP")
+    description = f"MUON_{name.upper()}_TP_DP_GROUP"
+    made: Any = create_group(list(ranks), timeout=group_timeout(dp_group), group_desc=description)
     return made  # type: ignore[no-any-return]
-
-
-def _timeout(group: dist.ProcessGroup) -> timedelta | None:
-    """The timeout of a group's collectives; None, which means torch's default, where its back end does not tell."""
-    device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
-    options = getattr(group._get_backend(device), "options", None)
-    return getattr(options, "_timeout", None)
