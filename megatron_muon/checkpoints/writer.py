@@ -153,3 +153,12 @@ def written_whole(target: Path, name: str) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def check_space(directory: Path, name: str, nbytes: int) -> None:
+    """Raises ValueError if the disk of `directory`, which the command line calls `name`, has less space than `nbytes`."""
+    free = shutil.disk_usage(directory).free
+    if free < nbytes:
+        raise ValueError(
+            f"{name}: got {free} bytes free on the disk, expected {nbytes} or more; free some, or name another"
+        )

@@ -1,4 +1,4 @@
-"""config.json of Hugging Face's and the settings of a Megatron model, in both directions.
+"""config.json of Hugging Face's and the settings of a Megatron model: tables that export and import both read.
 
 A setting that has no counterpart on the other side is refused by its name: a model that computes something else is
 worse than none.
@@ -10,11 +10,22 @@ Sources: megatron-core 0.19.2 (`training/arguments.py`, `transformer/moe/moe_uti
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_muon.checkpoints.huggingface.names import Architecture, Heads
 
 Settings = dict[str, Any]
+# Setting or field -> the values that a model may have; the first is written on the other side.
+Allowed = Mapping[str, tuple[Any, ...]]
+
+
+class Field(NamedTuple):
+    """A number that both sides have: Megatron's setting, config.json's field, its default where it may be missing."""
+
+    setting: str
+    field: str
+    default: Any = ...
+
 
 _CLASSES: Mapping[Architecture, str] = {
     "llama": "LlamaForCausalLM",
@@ -22,13 +33,40 @@ _CLASSES: Mapping[Architecture, str] = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
 }
-# model_type -> the architecture that computes it; K2's own code is DeepSeek-V3's.
+# model_type -> architecture. K2's own code is DeepSeek-V3's.
 _MODEL_TYPES: Mapping[str, Architecture] = {**{name: name for name in _CLASSES}, "kimi_k2": "deepseek_v3"}
 # Transformers' DeepseekV3RMSNorm of compressed queries, keys and values has this epsilon whatever `rms_norm_eps` says.
 LATENT_EPSILON = 1e-6
 
-# Megatron's settings that must have these values, by the name in its arguments.
-_REQUIRED: Mapping[str, tuple[Any, ...]] = {
+_FIELDS = (
+    Field("num_layers", "num_hidden_layers"),
+    Field("hidden_size", "hidden_size"),
+    Field("ffn_hidden_size", "intermediate_size"),
+    Field("num_attention_heads", "num_attention_heads"),
+    Field("max_position_embeddings", "max_position_embeddings"),
+    Field("init_method_std", "initializer_range", 0.02),
+    Field("layernorm_epsilon", "rms_norm_eps"),
+)
+_EXPERT_FIELDS = (
+    Field("moe_ffn_hidden_size", "moe_intermediate_size"),
+    Field("moe_router_topk", "num_experts_per_tok"),
+)
+_FIELDS_OF: Mapping[Architecture, tuple[Field, ...]] = {
+    "llama": _FIELDS,
+    "qwen3": _FIELDS,
+    "qwen3_moe": (*_FIELDS, *_EXPERT_FIELDS, Field("num_experts", "num_experts")),
+    "deepseek_v3": (
+        *(*_FIELDS, *_EXPERT_FIELDS, Field("num_experts", "n_routed_experts")),
+        Field("q_lora_rank", "q_lora_rank", None),
+        Field("kv_lora_rank", "kv_lora_rank"),
+        Field("qk_head_dim", "qk_nope_head_dim"),
+        Field("qk_pos_emb_head_dim", "qk_rope_head_dim"),
+        Field("v_head_dim", "v_head_dim"),
+    ),
+}
+
+# Megatron's settings that a model of any architecture must have.
+_REQUIRED: Allowed = {
     "normalization": ("RMSNorm",),
     "swiglu": (True,),
     "add_bias_linear": (False,),
@@ -61,9 +99,53 @@ _REQUIRED: Mapping[str, tuple[Any, ...]] = {
     "moe_router_force_load_balancing": (False,),
     "mla_down_proj_fusion": (False,),
 }
+# Those of `_REQUIRED` that differ from Megatron's defaults or that an import states all the same.
+_STATED = ("normalization", "swiglu", "add_bias_linear", "position_embedding_type", "rotary_percent")
+_REQUIRED_OF: Mapping[Architecture, Allowed] = {
+    "llama": {"qk_layernorm": (False, None)},
+    "qwen3": {"qk_layernorm": (True,)},
+    "qwen3_moe": {
+        "qk_layernorm": (True,),
+        "moe_router_score_function": ("softmax",),
+        "moe_router_enable_expert_bias": (False,),
+        "moe_router_topk_scaling_factor": (None, 1.0),
+        "moe_router_num_groups": (None, 0),
+        "moe_shared_expert_intermediate_size": (None, 0),
+    },
+    "deepseek_v3": {
+        "qk_layernorm": (True,),
+        "moe_router_score_function": ("sigmoid",),
+        "moe_router_enable_expert_bias": (True,),
+        "moe_router_pre_softmax": (False, None),
+    },
+}
+# Fields that a config.json of any architecture must have, if they are there.
+_REQUIRED_FIELDS: Allowed = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "use_sliding_window": (False, None),
+    "num_nextn_predict_layers": (0, None),
+    "quantization_config": (None,),
+}
+# Further ones of an architecture. Those of latent attention are read by vLLM and SGLang alone: without `topk_method`
+# vLLM ignores the routers' biases.
+_REQUIRED_FIELDS_OF: Mapping[Architecture, Allowed] = {
+    "llama": {"mlp_bias": (False, None)},
+    "qwen3": {"use_sliding_window": (False, None)},
+    "qwen3_moe": {"use_sliding_window": (False, None)},
+    "deepseek_v3": {
+        "num_nextn_predict_layers": (0, None),
+        "scoring_func": ("sigmoid",),
+        "topk_method": ("noaux_tc",),
+        "moe_layer_freq": (1,),
+        "rope_interleave": (True,),
+    },
+}
 # YaRN's numbers for which Megatron has no flag: its own, which are DeepSeek-V3's. K2 has others.
 _YARN: Mapping[str, float] = {"original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0}
-# As which flags import writes settings whose flag is not the setting's name.
+_ROPE = {"factor": "rotary_scaling_factor", "mscale": "mscale", "mscale_all_dim": "mscale_all_dim"}
+# Flags of settings that have another name.
 _FLAGS = {
     "layernorm_epsilon": "--norm-epsilon",
     "add_bias_linear": "--disable-bias-linear",
@@ -82,22 +164,21 @@ def architecture_of(args: Any, *, any_epsilon: bool = False) -> Architecture:
     Raises:
         ValueError: If there is none; the message names the setting.
     """
-    for name, allowed in _REQUIRED.items():
-        got = getattr(args, name, allowed[0])
-        if got not in allowed:
-            raise _refused(name, got, allowed[0])
+    architecture: Architecture = "qwen3" if args.qk_layernorm else "llama"
     if getattr(args, "multi_latent_attention", False):
-        return _latent(args, any_epsilon)
-    if getattr(args, "num_experts", None):
-        return _softmax_experts(args)
-    return "qwen3" if args.qk_layernorm else "llama"
+        architecture = "deepseek_v3"
+    elif getattr(args, "num_experts", None):
+        architecture = "qwen3_moe"
+    for name, allowed in (*_REQUIRED.items(), *_REQUIRED_OF[architecture].items()):
+        got = getattr(args, name, allowed[0])
+        _need(args, name, got in allowed, f"{allowed[0]} in a {_CLASSES[architecture]}")
+    if architecture == "deepseek_v3":
+        _check_latent(args, any_epsilon)
+    return architecture
 
 
-def _latent(args: Any, any_epsilon: bool) -> Architecture:
-    _need(args, "num_experts", bool(args.num_experts), "experts: DeepseekV3ForCausalLM has them")
-    _need(
-        args, "qk_layernorm", args.qk_layernorm, "True: DeepseekV3ForCausalLM has a norm on compressed keys and values"
-    )
+def _check_latent(args: Any, any_epsilon: bool) -> None:
+    _need(args, "num_experts", args.num_experts, "experts: DeepseekV3ForCausalLM has them")
     spec = list(getattr(args, "spec", None) or [])
     own = bool(args.q_lora_rank) or spec[:1] == _SPEC[:1]
     _need(args, "spec", own, f"{' '.join(_SPEC)}: without --q-lora-rank Megatron's own layers norm the queries")
@@ -111,23 +192,9 @@ def _latent(args: Any, any_epsilon: bool) -> Architecture:
         f"{LATENT_EPSILON}, which Transformers gives the norms of compressed states whatever rms_norm_eps is; train "
         f"with --norm-epsilon {LATENT_EPSILON}, or add --any-epsilon for an export that differs by about 5e-5",
     )
-    _need(args, "moe_router_score_function", args.moe_router_score_function == "sigmoid", "sigmoid")
-    _need(args, "moe_router_enable_expert_bias", args.moe_router_enable_expert_bias, "True")
-    _need(args, "moe_router_pre_softmax", not args.moe_router_pre_softmax, "False with sigmoid scores")
     shared, width = args.moe_shared_expert_intermediate_size or 0, args.moe_ffn_hidden_size
-    _need(args, "moe_shared_expert_intermediate_size", bool(shared) and shared % width == 0, f"a multiple of {width}")
+    _need(args, "moe_shared_expert_intermediate_size", shared and shared % width == 0, f"a multiple of {width}")
     _dense_layers(args)
-    return "deepseek_v3"
-
-
-def _softmax_experts(args: Any) -> Architecture:
-    _need(args, "qk_layernorm", args.qk_layernorm, "True: Qwen3MoeForCausalLM has norms on queries and keys")
-    _need(args, "moe_router_score_function", args.moe_router_score_function == "softmax", "softmax")
-    _need(args, "moe_router_enable_expert_bias", not args.moe_router_enable_expert_bias, "False")
-    _need(args, "moe_router_topk_scaling_factor", args.moe_router_topk_scaling_factor in (None, 1.0), "None")
-    _need(args, "moe_router_num_groups", not args.moe_router_num_groups, "None")
-    _need(args, "moe_shared_expert_intermediate_size", not args.moe_shared_expert_intermediate_size, "None")
-    return "qwen3_moe"
 
 
 def _layer_pattern(args: Any) -> list[int]:
@@ -181,29 +248,24 @@ def config_of(
     architecture = architecture_of(args, any_epsilon=any_epsilon)
     theta = float(args.rotary_base)
     rope: Settings = {"rope_type": "default", "rope_theta": theta}
+    scaling: Settings | None = None
     if architecture == "deepseek_v3" and args.rope_type == "yarn":
-        numbers = {"factor": "rotary_scaling_factor", "mscale": "mscale", "mscale_all_dim": "mscale_all_dim"}
-        scaling = {name: float(getattr(args, setting)) for name, setting in numbers.items()}
-        rope = {"rope_type": "yarn", "rope_theta": theta, **scaling, **_YARN}
+        scaling = {name: float(getattr(args, setting)) for name, setting in _ROPE.items()} | dict(_YARN)
+        rope = {**rope, "rope_type": "yarn", **scaling}
+    heads = heads_of(args)
     out: Settings = {
         "architectures": [_CLASSES[architecture]],
         "model_type": architecture,
         "vocab_size": vocab_size,
-        "hidden_size": args.hidden_size,
-        "intermediate_size": args.ffn_hidden_size,
-        "num_hidden_layers": args.num_layers,
-        "num_attention_heads": args.num_attention_heads,
-        "num_key_value_heads": args.num_attention_heads,
-        "hidden_act": "silu",
-        "max_position_embeddings": args.max_position_embeddings,
-        "initializer_range": args.init_method_std,
-        "rms_norm_eps": args.layernorm_epsilon,
+        **{field: getattr(args, setting) for setting, field, _ in _FIELDS_OF[architecture]},
+        "num_key_value_heads": heads.groups if heads else args.num_attention_heads,
         "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
         # Transformers 4 reads the first, 5 the second.
         "rope_theta": theta,
         "rope_parameters": rope,
-        "rope_scaling": None if rope["rope_type"] == "default" else {"type": "yarn", **scaling, **_YARN},
-        "attention_bias": False,
+        "rope_scaling": scaling and {"type": "yarn", **scaling},
+        **{name: _REQUIRED_FIELDS[name][0] for name in ("hidden_act", "attention_bias")},
+        **{name: allowed[0] for name, allowed in _REQUIRED_FIELDS_OF[architecture].items()},
         "attention_dropout": 0.0,
         "use_cache": True,
         "bos_token_id": bos,
@@ -211,64 +273,28 @@ def config_of(
         "torch_dtype": dtype,
         "dtype": dtype,
     }
-    if (heads := heads_of(args)) is not None:
-        out |= {"num_key_value_heads": heads.groups, "head_dim": heads.dim}
-    if architecture == "llama":
-        out["mlp_bias"] = False
+    if heads is not None:
+        out["head_dim"] = heads.dim
     if architecture in ("qwen3", "qwen3_moe"):
-        out |= {"use_sliding_window": False, "sliding_window": None}
+        out["sliding_window"] = None
     if architecture == "qwen3_moe":
-        dense = [layer for layer, experts in enumerate(_layer_pattern(args)) if not experts]
         out |= {
-            "moe_intermediate_size": args.moe_ffn_hidden_size,
-            "num_experts": args.num_experts,
-            "num_experts_per_tok": args.moe_router_topk,
             "norm_topk_prob": not args.moe_router_pre_softmax,
             "decoder_sparse_step": 1,
-            "mlp_only_layers": dense,
+            "mlp_only_layers": [layer for layer, experts in enumerate(_layer_pattern(args)) if not experts],
         }
     if architecture == "deepseek_v3":
         out |= {
-            "moe_intermediate_size": args.moe_ffn_hidden_size,
-            "n_routed_experts": args.num_experts,
+            "q_lora_rank": args.q_lora_rank or None,
             "n_shared_experts": args.moe_shared_expert_intermediate_size // args.moe_ffn_hidden_size,
-            "num_experts_per_tok": args.moe_router_topk,
             # Megatron normalizes sigmoid scores only among several experts.
             "norm_topk_prob": args.moe_router_topk > 1,
             "routed_scaling_factor": float(args.moe_router_topk_scaling_factor or 1.0),
             "n_group": args.moe_router_num_groups or 1,
             "topk_group": args.moe_router_group_topk or 1,
             "first_k_dense_replace": _dense_layers(args),
-            "moe_layer_freq": 1,
-            "q_lora_rank": args.q_lora_rank or None,
-            "kv_lora_rank": args.kv_lora_rank,
-            "qk_nope_head_dim": args.qk_head_dim,
-            "qk_rope_head_dim": args.qk_pos_emb_head_dim,
-            "v_head_dim": args.v_head_dim,
-            "rope_interleave": True,
-            "num_nextn_predict_layers": 0,
-            # Read by vLLM and SGLang alone: without them vLLM ignores the routers' biases.
-            "scoring_func": "sigmoid",
-            "topk_method": "noaux_tc",
         }
     return out
-
-
-# Fields of config.json that must have these values, if they are there.
-_REQUIRED_FIELDS: Mapping[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "use_sliding_window": (False, None),
-    "num_nextn_predict_layers": (0, None),
-    "quantization_config": (None,),
-}
-_LATENT_FIELDS: Mapping[str, tuple[Any, ...]] = {
-    "scoring_func": ("sigmoid",),
-    "topk_method": ("noaux_tc",),
-    "moe_layer_freq": (1,),
-    "rope_interleave": (True,),
-}
 
 
 def settings_of(config: Mapping[str, Any]) -> Settings:
@@ -290,7 +316,7 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
 
 def _settings(architecture: Architecture, config: Mapping[str, Any]) -> Settings:
     latent = architecture == "deepseek_v3"
-    for name, allowed in {**_REQUIRED_FIELDS, **(_LATENT_FIELDS if latent else {})}.items():
+    for name, allowed in {**_REQUIRED_FIELDS, **_REQUIRED_FIELDS_OF[architecture]}.items():
         if name in config and config[name] not in allowed:
             raise ValueError(
                 f"config.json: {name}: got {config[name]!r}, expected {allowed[0]!r}; Megatron's "
@@ -308,65 +334,48 @@ def _settings(architecture: Architecture, config: Mapping[str, Any]) -> Settings
     theta = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
     if theta != int(theta):
         raise ValueError(f"config.json: rope_theta: got {theta}, expected a whole number, as --rotary-base takes")
-    heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
+    if not config.get("num_experts") and "num_local_experts" in config:
+        config = {**config, "num_experts": config["num_local_experts"]}
+    heads = config["num_attention_heads"]
+    groups = config.get("num_key_value_heads") or heads
+    if latent and groups != heads:
+        raise ValueError(f"config.json: num_key_value_heads: got {groups}, expected {heads} with latent attention")
     out: Settings = {
-        "num_layers": layers,
-        "hidden_size": config["hidden_size"],
-        "ffn_hidden_size": config["intermediate_size"],
-        "num_attention_heads": heads,
-        "max_position_embeddings": config["max_position_embeddings"],
+        "num_experts": None,
+        **{setting: _value(config, field, default) for setting, field, default in _FIELDS_OF[architecture]},
         "vocab_size": config["vocab_size"],
         "padded_vocab_size": config["vocab_size"],
-        "init_method_std": config.get("initializer_range", 0.02),
-        "normalization": "RMSNorm",
-        "layernorm_epsilon": config["rms_norm_eps"],
-        "swiglu": True,
-        "add_bias_linear": False,
-        "position_embedding_type": "rope",
+        **{name: _REQUIRED[name][0] for name in _STATED},
+        **{name: allowed[0] for name, allowed in _REQUIRED_OF[architecture].items()},
         "rotary_base": int(theta),
-        "rotary_percent": 1.0,
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
-        "qk_layernorm": architecture != "llama",
         "multi_latent_attention": latent,
-        "group_query_attention": False,
-        "num_experts": None,
-    }
-    if latent:
-        return out | _latent_settings(config, layers, rope)
-    groups = config.get("num_key_value_heads") or heads
-    out |= {
         "group_query_attention": groups != heads,
-        "num_query_groups": groups if groups != heads else 1,
-        "kv_channels": config.get("head_dim") or config["hidden_size"] // heads,
     }
-    return out | (_softmax_settings(config, layers) if architecture == "qwen3_moe" else {})
+    if not latent:
+        out["num_query_groups"] = groups if groups != heads else 1
+        out["kv_channels"] = config.get("head_dim") or config["hidden_size"] // heads
+    if out["num_experts"]:
+        out |= {"moe_router_dtype": "fp32"} | (_latent_settings if latent else _softmax_settings)(config, rope)
+    return out
 
 
-def _softmax_settings(config: Mapping[str, Any], layers: int) -> Settings:
+def _value(config: Mapping[str, Any], field: str, default: Any) -> Any:
+    return config[field] if default is ... else config.get(field, default)
+
+
+def _softmax_settings(config: Mapping[str, Any], rope: Mapping[str, Any]) -> Settings:
     dense, step = set(config.get("mlp_only_layers") or ()), config.get("decoder_sparse_step", 1)
+    layers = range(config["num_hidden_layers"])
     return {
-        "num_experts": config.get("num_experts") or config["num_local_experts"],
-        "moe_layer_freq": [int(layer not in dense and (layer + 1) % step == 0) for layer in range(layers)],
-        "moe_ffn_hidden_size": config["moe_intermediate_size"],
-        "moe_shared_expert_intermediate_size": None,
-        "moe_router_topk": config["num_experts_per_tok"],
-        "moe_router_score_function": "softmax",
+        "moe_layer_freq": [int(layer not in dense and (layer + 1) % step == 0) for layer in layers],
         "moe_router_pre_softmax": not config.get("norm_topk_prob", False),
-        "moe_router_enable_expert_bias": False,
-        "moe_router_topk_scaling_factor": None,
-        "moe_router_num_groups": None,
-        "moe_router_dtype": "fp32",
     }
 
 
-def _latent_settings(config: Mapping[str, Any], layers: int, rope: Mapping[str, Any]) -> Settings:
-    if config.get("num_key_value_heads") not in (None, config["num_attention_heads"]):
-        raise ValueError(
-            f"config.json: num_key_value_heads: got {config['num_key_value_heads']}, expected "
-            f"{config['num_attention_heads']} with latent attention"
-        )
+def _latent_settings(config: Mapping[str, Any], rope: Mapping[str, Any]) -> Settings:
     topk = config["num_experts_per_tok"]
     if bool(config.get("norm_topk_prob", True)) != (topk > 1):
         raise ValueError(
@@ -375,29 +384,17 @@ def _latent_settings(config: Mapping[str, Any], layers: int, rope: Mapping[str, 
         )
     dense, groups = config["first_k_dense_replace"], config.get("n_group") or 1
     return {
-        "q_lora_rank": config.get("q_lora_rank"),
-        "kv_lora_rank": config["kv_lora_rank"],
-        "qk_head_dim": config["qk_nope_head_dim"],
-        "qk_pos_emb_head_dim": config["qk_rope_head_dim"],
-        "v_head_dim": config["v_head_dim"],
         "rope_type": "yarn" if rope["rope_type"] == "yarn" else "rope",
         "rotary_scaling_factor": float(rope.get("factor", 1.0)),
         "mscale": float(rope.get("mscale", 1.0)),
         "mscale_all_dim": float(rope.get("mscale_all_dim", 0.0)),
         "apply_rope_fusion": False,
         "spec": None if config.get("q_lora_rank") else _SPEC,
-        "num_experts": config["n_routed_experts"],
-        "moe_layer_freq": [0] * dense + [1] * (layers - dense),
-        "moe_ffn_hidden_size": config["moe_intermediate_size"],
+        "moe_layer_freq": [0] * dense + [1] * (config["num_hidden_layers"] - dense),
         "moe_shared_expert_intermediate_size": config["moe_intermediate_size"] * config["n_shared_experts"],
-        "moe_router_topk": topk,
-        "moe_router_score_function": "sigmoid",
-        "moe_router_enable_expert_bias": True,
-        "moe_router_pre_softmax": False,
         "moe_router_topk_scaling_factor": config["routed_scaling_factor"],
         "moe_router_num_groups": groups if groups > 1 else None,
         "moe_router_group_topk": config["topk_group"] if groups > 1 else None,
-        "moe_router_dtype": "fp32",
     }
 
 
@@ -425,11 +422,7 @@ def flags_of(settings: Settings) -> list[list[str]]:
 
 def _need(args: Any, name: str, holds: Any, expected: str) -> None:
     if not holds:
-        raise _refused(name, getattr(args, name, None), expected)
-
-
-def _refused(name: str, got: Any, expected: Any) -> ValueError:
-    return ValueError(
-        f"{name}: got {got!r}, expected {expected}; no model of Hugging Face's that is known here computes it, so it "
-        "cannot be exported"
-    )
+        raise ValueError(
+            f"{name}: got {getattr(args, name, None)!r}, expected {expected}; no model of Hugging Face's that is known "
+            "here computes it, so it cannot be exported"
+        )

@@ -6,7 +6,6 @@ Reads a `torch_dist` checkpoint of any layout, one tensor at a time and without 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from megatron_muon.checkpoints.huggingface.safetensors_file import INDEX, Planne
 from megatron_muon.checkpoints.huggingface.tokenizer import Tokenizer
 from megatron_muon.checkpoints.manifest import file_problem, read_manifest
 from megatron_muon.checkpoints.reader import Checkpoint, dtype_name
-from megatron_muon.checkpoints.writer import written_whole
+from megatron_muon.checkpoints.writer import check_space, written_whole
 from megatron_muon.config import TORCH_DTYPES
 from megatron_muon.state_keys import PARAM, state_key
 
@@ -118,7 +117,7 @@ def export(
         bos = tokenizer.bos if tokenizer else None
         config = config_of(args, rows, dtype, bos, eos, any_epsilon=options.any_epsilon)
         shards = shard_names(planned, options.max_shard_bytes)
-        _check_space(partial, sum(tensor.nbytes for tensor in planned.values()))
+        check_space(partial, "DIR", sum(tensor.nbytes for tensor in planned.values()))
         tensors = _tensors(checkpoint, sources, heads_of(args), options)
         done = 0
         for file, names in shards.items():
@@ -160,14 +159,6 @@ def _check_files(directory: Path) -> None:
         problem = file_problem(directory, name, entry, contents=False)
         if problem:
             raise ValueError(f"{problem}. Use another iteration, or a copy")
-
-
-def _check_space(directory: Path, nbytes: int) -> None:
-    free = shutil.disk_usage(directory).free
-    if free < nbytes:
-        raise ValueError(
-            f"DIR: got {free} bytes free on the disk, expected {nbytes} or more; free some, or name another"
-        )
 
 
 def _plan(checkpoint: Checkpoint, args: Any, options: Options) -> tuple[dict[str, _Source], torch.dtype]:

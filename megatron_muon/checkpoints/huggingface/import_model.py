@@ -5,9 +5,7 @@ One tensor, or one expert of a stack, is in memory at a time; there is no proces
 
 from __future__ import annotations
 
-import json
 import shlex
-import shutil
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,8 +27,9 @@ from megatron_muon.checkpoints.huggingface.architecture import (
 )
 from megatron_muon.checkpoints.huggingface.names import Block, blocks_of, generic, joined, keys_of, shapes_of
 from megatron_muon.checkpoints.huggingface.safetensors_file import INDEX
+from megatron_muon.checkpoints.huggingface.tokenizer import read_json
 from megatron_muon.checkpoints.reader import COMMON, TRACKER
-from megatron_muon.checkpoints.writer import CheckpointWriter, written_whole
+from megatron_muon.checkpoints.writer import CheckpointWriter, check_space, written_whole
 
 FLAGS = "model.flags"
 _BIAS = "mlp.router.expert_bias"
@@ -71,7 +70,7 @@ class ModelDirectory:
         config = path / "config.json"
         if not config.is_file():
             raise ValueError(f"DIR: got {path} without config.json, expected a Hugging Face model's directory")
-        self.config: dict[str, Any] = _json(config)
+        self.config: dict[str, Any] = read_json(config)
         try:
             import safetensors
         except ModuleNotFoundError as error:
@@ -86,7 +85,7 @@ class ModelDirectory:
         """File of each tensor by the tensor's name."""
         index = self.path / INDEX
         if index.is_file():
-            return dict(_json(index)["weight_map"])
+            return dict(read_json(index)["weight_map"])
         single = "model.safetensors"
         return dict.fromkeys(self._file(single).keys(), single)
 
@@ -158,7 +157,7 @@ def import_model(
             keys[key] = (torch.Size((*leading, *_joined_shape(blocks[0], shapes))), blocks)
         _check_tensors(model, [name for _, blocks in keys.values() for block in blocks for name in block.names], shapes)
         dtype = dtype or model.tensor("model.norm.weight").dtype
-        _check_space(partial, sum(size.numel() for size, _ in keys.values()) * dtype.itemsize)
+        check_space(partial, "RUN", sum(size.numel() for size, _ in keys.values()) * dtype.itemsize)
         writer = CheckpointWriter(partial / "release")
         for number, (key, (size, blocks)) in enumerate(keys.items()):
             if progress is not None:
@@ -219,14 +218,6 @@ def _check_tensors(model: ModelDirectory, names: list[str], shapes: dict[str, tu
         )
 
 
-def _check_space(directory: Path, nbytes: int) -> None:
-    free = shutil.disk_usage(directory).free
-    if free < nbytes:
-        raise ValueError(
-            f"RUN: got {free} bytes free on the disk, expected {nbytes} or more; free some, or name another"
-        )
-
-
 def _flags_file(settings: Settings, args: Namespace, source: Path, target: Path) -> str:
     lines = [
         f"# The model of {source.resolve().name} as Megatron's flags; add parallelism, data, batch and schedule.",
@@ -248,10 +239,3 @@ def _notes(settings: Settings) -> list[str]:
             f"has {LATENT_EPSILON} in the norms of compressed states, so that its logits differ by about 5e-5"
         ]
     return []
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_bytes()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}), expected JSON; use another copy") from error

@@ -57,7 +57,7 @@ class Tokenizer:
                 f"--tokenizer: {directory} has {size} tokens, expected at most {rows}, the rows of the model's "
                 "vocabulary; give the tokenizer that the run was trained with"
             )
-        config = _read_json(directory / _CONFIG)
+        config = read_json(directory / _CONFIG)
         bos, eos = (ids.get(_content(config.get(name))) for name in ("bos_token", "eos_token"))
         return cls(directory, size, bos, eos)
 
@@ -67,7 +67,7 @@ class Tokenizer:
             for path in self.directory.glob(name):
                 shutil.copyfile(path, target / path.name)
         if chat_template is not None:
-            config = _read_json(self.directory / _CONFIG)
+            config = read_json(self.directory / _CONFIG)
             config["chat_template"] = chat_template.read_text(encoding="utf-8")
             (target / _CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
             # It would win over the configuration.
@@ -79,14 +79,14 @@ def _ids(directory: Path) -> dict[str, int]:
     out: dict[str, int] = {}
     for path in (path for name in _TIKTOKEN for path in directory.glob(name)):
         out |= {line.split()[0]: int(line.split()[1]) for line in path.read_text().splitlines() if line.strip()}
-    content = _read_json(directory / "tokenizer.json")
+    content = read_json(directory / "tokenizer.json")
     vocabulary = content.get("model", {}).get("vocab", {})
     if isinstance(vocabulary, Mapping):
         out |= vocabulary
     else:
         out |= {token: number for number, (token, _) in enumerate(vocabulary)}
     added = {entry["content"]: entry["id"] for entry in content.get("added_tokens", [])}
-    decoder = _read_json(directory / _CONFIG).get("added_tokens_decoder", {})
+    decoder = read_json(directory / _CONFIG).get("added_tokens_decoder", {})
     return out | added | {entry["content"]: int(number) for number, entry in decoder.items()}
 
 
@@ -94,7 +94,8 @@ def _content(token: Any) -> str:
     return str(token.get("content") if isinstance(token, Mapping) else token)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file; empty if there is none. Raises ValueError if it is damaged."""
     try:
         return dict(json.loads(path.read_bytes())) if path.is_file() else {}
     except (ValueError, TypeError) as error:

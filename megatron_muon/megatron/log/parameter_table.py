@@ -60,7 +60,8 @@ def muon_lines(entries: Iterable[NamedParameter], muon: MuonConfig, optimizer: M
     plan = optimizer.optimizer.exchange.plan
     ranks = dist.get_process_group_ranks(optimizer.grid.group)
     lines = []
-    for index, (name, matrix) in enumerate(zip(optimizer.optimizer.names, plan.matrices, strict=True)):
+    for index, matrix in enumerate(plan.matrices):
+        name = optimizer.optimizer.names[index]
         for part, owners in enumerate(plan.owners[index]):
             count, *shape = matrix.spec.logical_shape(part)
             flops = sum(plan.item_flops(Item(index, part, share)) for share in range(len(owners)))
