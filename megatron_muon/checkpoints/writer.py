@@ -156,7 +156,7 @@ def written_whole(target: Path, name: str) -> Iterator[Path]:
 
 
 def check_space(directory: Path, name: str, nbytes: int) -> None:
-    """Raises ValueError if the disk of `directory`, which the command line calls `name`, has less space than `nbytes`."""
+    """Raises ValueError if the disk of `directory` (`name` on the command line) has less than `nbytes` free."""
     free = shutil.disk_usage(directory).free
     if free < nbytes:
         raise ValueError(

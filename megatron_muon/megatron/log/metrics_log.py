@@ -78,7 +78,7 @@ class MetricsLog:
             self._write(step, gathered)
 
     def _expected(self) -> dict[str, Any]:
-        """What the settings aim at, for reports: metric -> a value, or the ends of a range."""
+        """The values that the settings aim at, for reports: metric -> a value, or the ends of a range."""
         muon = self.muon
         out: dict[str, Any] = {"orthogonality_error": orthogonality_range(muon.coefficients, muon.ns_steps)}
         if muon.scale_mode == "rms":
@@ -92,12 +92,14 @@ class MetricsLog:
             run[name] = max(rank[2][name] for rank in gathered if name in rank[2])
         for name in sorted({name for rank in gathered for name in rank[3]}):
             run[name] = sum(rank[3].get(name, 0) for rank in gathered)
-        tensorboard, wandb, directory = writers()
-        if tensorboard is not None:
-            _to_tensorboard(tensorboard, step, matrices, run)
-        if wandb is not None:
-            _to_wandb(wandb, step, matrices, run)
-        directory = self.muon.metrics_dir or directory
+        histograms = {
+            f"muon_{metric}/{kind}": values
+            for metric in METRICS
+            for kind, values in by_layer_kind(matrices, metric).items()
+        }
+        means = {tag: sum(values) / len(values) for tag, values in histograms.items()}
+        write(step, {f"muon/{name}": value for name, value in run.items()} | means, histograms)
+        directory = self.muon.metrics_dir or writers()[2]
         if directory:
             Path(directory).mkdir(parents=True, exist_ok=True)
             with (Path(directory) / FILE_NAME).open("a", encoding="utf-8") as file:
@@ -107,7 +109,7 @@ class MetricsLog:
 
 
 def writers() -> tuple[Any, Any, str]:
-    """Megatron's TensorBoard and W&B writers of this rank, and the TensorBoard directory; what is missing is empty."""
+    """Megatron's TensorBoard and W&B writers of this rank, or None, and the TensorBoard directory, or ''."""
     state = sys.modules.get("megatron.training.global_vars")
     if state is None:
         return None, None, ""
@@ -115,38 +117,21 @@ def writers() -> tuple[Any, Any, str]:
     return state._GLOBAL_TENSORBOARD_WRITER, state._GLOBAL_WANDB_WRITER, directory
 
 
-def write_scalars(prefix: str, step: int, values: Mapping[str, float]) -> None:
-    """Writes numbers as `<prefix>/<name>` to this rank's TensorBoard and W&B writers, if it has any."""
+def write(step: int, scalars: Mapping[str, float], histograms: Mapping[str, Sequence[float]] | None = None) -> None:
+    """Writes numbers by tag to this rank's TensorBoard and W&B writers, if it has any."""
     tensorboard, wandb, _ = writers()
+    distributions = histograms or {}
     if tensorboard is not None:
-        for name, value in values.items():
-            tensorboard.add_scalar(f"{prefix}/{name}", value, step)
+        for tag, value in scalars.items():
+            tensorboard.add_scalar(tag, value, step)
+        for tag, values in distributions.items():
+            tensorboard.add_histogram(tag, torch.tensor(values), step)
     if wandb is not None:
-        wandb.log({f"{prefix}/{name}": value for name, value in values.items()}, step)
-
-
-def _to_tensorboard(
-    writer: Any, step: int, matrices: Mapping[str, Mapping[str, float]], run: Mapping[str, float]
-) -> None:
-    for name, value in run.items():
-        writer.add_scalar(f"muon/{name}", value, step)
-    for metric in METRICS:
-        for kind, values in by_layer_kind(matrices, metric).items():
-            writer.add_scalar(f"muon_{metric}/{kind}", sum(values) / len(values), step)
-            writer.add_histogram(f"muon_{metric}/{kind}", torch.tensor(values), step)
-
-
-def _to_wandb(wandb: Any, step: int, matrices: Mapping[str, Mapping[str, float]], run: Mapping[str, float]) -> None:
-    content: dict[str, Any] = {f"muon/{name}": value for name, value in run.items()}
-    for metric in METRICS:
-        for kind, values in by_layer_kind(matrices, metric).items():
-            content[f"muon_{metric}/{kind}"] = sum(values) / len(values)
-            content[f"muon_{metric}/{kind}/histogram"] = wandb.Histogram(values)
-    wandb.log(content, step)
+        wandb.log({**scalars, **{f"{tag}/histogram": wandb.Histogram(v) for tag, v in distributions.items()}}, step)
 
 
 LINE_WIDTH = 120
-# What the line shows while there is room: what is wrong, metrics over all matrices, what other parts measure.
+# Order of the line, as far as there is room: problems, metrics over all matrices, then what other parts measure.
 _IF_NOT_ZERO = ("qk_nonfinite_heads", "qk_clipped_heads")
 _IN_LINE = ("update_rms", "orthogonality_error", "max_attention_logit", "update_to_weight", "ns_ms_max")
 # First words of the names that `summarize_ranks` gives.

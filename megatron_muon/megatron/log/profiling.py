@@ -1,4 +1,4 @@
-"""`--muon-profile`: records steps of a run, and brings the ranks' numbers to the log, TensorBoard and trace files."""
+"""`--muon-profile`: records steps of a run and writes the ranks' numbers to the log, TensorBoard and trace files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megatron_muon.config import TORCH_DTYPES, MuonConfig
 from megatron_muon.exchange.phases import LABELS
-from megatron_muon.megatron.log.metrics_log import write_scalars, writers
+from megatron_muon.megatron.log.metrics_log import write, writers
 from megatron_muon.observe.nvml import Sample, between, open_current_device
 from megatron_muon.observe.timing.peaks import RunFacts, arithmetic_ceiling, link_ceiling
 from megatron_muon.observe.timing.recording import Recording, clock_for
@@ -181,7 +181,7 @@ class Profiler:
         summary = summarize_step(records)
         if is_writer and self._has_writer:
             try:
-                write_scalars("muon_profile", summary.step, scalars(summary))
+                write(summary.step, {f"muon_profile/{name}": value for name, value in scalars(summary).items()})
             except OSError as error:
                 self._has_writer = False
                 _warn(f"megatron_muon: rank {self.rank} cannot log its profile: {error}; training continues without it")
@@ -206,7 +206,7 @@ def optimizer_kind(optimizer: MuonDistributedOptimizer) -> str:
 
 
 def param_gather_bytes(chunks: Sequence[Any]) -> int:
-    """What this rank sends in the gather of all parameters: its shard to each other rank, however it is routed."""
+    """The bytes that this rank sends in the gather of all parameters: its shard to each other rank, by any route."""
     total = 0
     for chunk in chunks:
         for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
@@ -217,7 +217,7 @@ def param_gather_bytes(chunks: Sequence[Any]) -> int:
 
 
 def _links(path: str) -> tuple[MeasuredLinks | None, str]:
-    """(measured links, what is wrong with the file)."""
+    """(measured links, the problem with the file)."""
     try:
         return (load_links(path) if path else None), ""
     except ValueError as error:
@@ -225,7 +225,7 @@ def _links(path: str) -> tuple[MeasuredLinks | None, str]:
 
 
 def _clock_id() -> str:
-    """The same for processes that share a monotonic clock."""
+    """An id that is the same for processes that share a monotonic clock."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""The line that a run prints once its optimizer is built: what Muon has been given, and how it is shared."""
+"""The line that a run prints once its optimizer is built: Muon's matrices and how they are shared."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_muon.megatron.optimizer.distributed import MuonDistributedOptimize
 
 @dataclass(frozen=True)
 class RankLoad:
-    """What a rank reports. Parameters are counted by the first of the ranks that share them.
+    """The report of a rank. Parameters are counted by the first of the ranks that share them.
 
     Attributes:
         stage: The pipeline stage.
@@ -22,7 +22,7 @@ class RankLoad:
         adam_parameters: AdamW's parameters that this rank counts.
         flops: Newton-Schulz FLOPs of this rank in one step.
         rounds: Rounds of a step, of all its optimizers.
-        buffer_bytes: What the exchange's buffers take on this rank.
+        buffer_bytes: Size of the exchange's buffers on this rank.
     """
 
     stage: int
