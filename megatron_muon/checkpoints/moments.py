@@ -9,7 +9,8 @@ arXiv 2502.16982, section 2.2). With bias correction at the next step t,
 
 Where gradients are mostly noise, mean(m^2) is (1 - momentum)/(1 + momentum) of mean(g^2): v is then 0.64 of AdamW's own
 at a momentum of 0.95. Where they are steady it is 25 times as large. So updates start between 0.2 and 1.25 times the
-size that AdamW's own state would give, and go there as beta2^k decays. A mean of squares over zero would have no bound.
+size that AdamW's own state would give, and approach that size as beta2^k decays. With a second moment of zero they
+would have no bound.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def square_factor(betas: tuple[float, float], step: int) -> float:
     """`exp_avg_sq` over the mean square of `exp_avg`.
 
     Args:
-        betas: AdamW's.
-        step: How often AdamW has stepped, over all its parameters.
+        betas: Betas of AdamW.
+        step: Number of AdamW's steps, the largest over its parameters.
     """
     first, second = (1.0 - beta ** (step + 1) for beta in betas)
     return float(second / (MuonConfig.update_rms * first) ** 2)
@@ -50,9 +51,9 @@ def mean_squares(checkpoint: Checkpoint, key: str, stacked: int) -> Tensor:
     """The mean square of each matrix in a tensor; reads it once, one chunk at a time.
 
     Args:
-        checkpoint: Where it is.
-        key: The tensor's.
-        stacked: How many leading axes count layers and experts.
+        checkpoint: The checkpoint.
+        key: Key of the tensor.
+        stacked: Number of leading axes that count layers and experts.
 
     Returns:
         fp64, of the shape of those axes.

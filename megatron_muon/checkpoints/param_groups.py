@@ -1,7 +1,7 @@
 """Parameter groups and settings of one optimizer in the form that another one's load expects.
 
-Tensors are not touched here. A group keeps its identity (multipliers, whether it holds experts) and what the schedule
-has set; settings that only the source's optimizer has are dropped.
+No tensors are involved. A group keeps what identifies it (multipliers, whether it holds experts) and the values that a
+schedule has set; settings that only the source's optimizer has are dropped.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def converted_common(common: Mapping[str, Any], target: OptimizerKind, momentum:
     """The common state of a checkpoint, with the optimizer's part as `target` expects it.
 
     Args:
-        common: As in the source.
-        target: The optimizer to convert to.
-        momentum: Muon's momentum, as recorded for `target`.
+        common: Common state of the source.
+        target: Optimizer to convert to.
+        momentum: Muon's momentum that the target records.
 
     Raises:
         ValueError: If the source has no groups of AdamW to take its settings from.
@@ -73,7 +73,7 @@ def adam_settings(common: Mapping[str, Any]) -> tuple[tuple[float, float], int]:
 
 
 def _groups(common: Mapping[str, Any]) -> tuple[list[Group], list[Group], int, dict[str, Any]]:
-    """AdamW's groups, Muon's, how often AdamW has stepped, and what an entry holds beside them (a gradient scaler)."""
+    """AdamW's groups, Muon's, the number of AdamW's steps, and the gradient scaler if there is one."""
     adam: list[Group] = []
     muon: list[Group] = []
     steps: set[int] = set()

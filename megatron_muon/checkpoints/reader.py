@@ -1,4 +1,4 @@
-"""Reads Megatron's `torch_dist` checkpoints chunk by chunk, trusting nothing in them.
+"""Reads Megatron's `torch_dist` checkpoints chunk by chunk, without running code that they may hold.
 
 Such a checkpoint is a directory: `.metadata` (a pickle of torch.distributed.checkpoint's Metadata), `*.distcp` files
 with one `torch.save` archive per chunk of a tensor, and `metadata.json`. Megatron's own settings lie in an archive
@@ -27,7 +27,7 @@ BACKEND = "metadata.json"
 METADATA = ".metadata"
 COMMON = "common_state/shard_0_1"
 
-# All that a pickle of Metadata may name: plain data, whose construction does nothing.
+# The only names that a pickle of Metadata may contain: plain data without side effects.
 _CLASSES: dict[tuple[str, str], Any] = {
     **{
         (metadata.__name__, name): getattr(metadata, name)
@@ -123,7 +123,7 @@ class Checkpoint:
         """Yields each stored chunk of a tensor with its place; one chunk is in memory at a time.
 
         Raises:
-            ValueError: If a chunk is missing, damaged, or not of the shape and dtype that the metadata says.
+            ValueError: If a chunk is missing, damaged, or of another shape or dtype than the metadata says.
         """
         for chunk in self.tensors[key].chunks:
             yield chunk, self.chunk(key, chunk)
@@ -149,14 +149,14 @@ class Checkpoint:
         return tensor
 
     def region(self, key: str, offsets: Sequence[int], sizes: Sequence[int]) -> Tensor:
-        """A part of a tensor, put together from the chunks that it lies in, whichever ranks wrote them.
+        """A part of a tensor, assembled from the chunks that overlap it.
 
-        The chunks of the last region are kept, so that regions that are asked for in turn read each chunk once.
+        The chunks of the last region are kept, so that adjacent regions read each chunk once.
 
         Args:
-            key: The tensor's.
-            offsets: Where the part begins, along each axis.
-            sizes: Its shape.
+            key: Key of the tensor.
+            offsets: Start of the part along each axis.
+            sizes: Shape of the part.
 
         Raises:
             ValueError: As `chunks`; or if the chunks do not cover the part.
@@ -168,7 +168,7 @@ class Checkpoint:
             stops = [min(o + n, c + m) for o, n, c, m in zip(offsets, sizes, chunk.offsets, chunk.sizes)]
             if all(start < stop for start, stop in zip(starts, stops)):
                 overlaps[key, tuple(chunk.offsets)] = (chunk, starts, stops)
-        # Before others are read.
+        # Frees the others before more are read.
         self._kept = {at: tensor for at, tensor in self._kept.items() if at in overlaps}
         covered = 0
         for at, (chunk, starts, stops) in overlaps.items():
@@ -220,7 +220,7 @@ class Checkpoint:
         path = self.directory / relative
         if not path.resolve().is_relative_to(self._root):
             raise ValueError(
-                f"{self.directory / METADATA}: {index.fqn} is said to lie in {relative!r}, expected a file inside the "
+                f"{self.directory / METADATA}: {index.fqn}: got the file {relative!r}, expected one inside the "
                 "checkpoint; do not use a checkpoint from this source"
             )
         return path
@@ -229,7 +229,7 @@ class Checkpoint:
         info = (self.metadata.storage_data or {}).get(index)
         if info is None:
             raise ValueError(
-                f"{self.directory / METADATA}: says nothing of where {index.fqn} at {index.offset} lies; the file is "
+                f"{self.directory / METADATA}: has no place for {index.fqn} at {index.offset}; the file is "
                 "damaged. Use another iteration"
             )
         return info  # type: ignore[no-any-return]
@@ -262,7 +262,7 @@ class _Slice(io.RawIOBase):
 
 
 def iteration_directory(path: Path) -> Path:
-    """The directory of the iteration that `path` stands for.
+    """The directory of the iteration that `path` names: itself, or that of a run's tracker file.
 
     Raises:
         ValueError: If there is no `torch_dist` checkpoint.

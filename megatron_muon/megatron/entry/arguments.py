@@ -30,17 +30,19 @@ DEFAULT_PRESET: Preset = "moonlight"
 # Settings whose flag Megatron spells differently: both spellings work.
 _MEGATRON_SPELLINGS = MappingProxyType({"coefficients": "muon_coefficient_type", "ns_steps": "muon_num_ns_steps"})
 
-# Settings that a flag of Megatron's with another meaning implies.
-_TRANSLATED = MappingProxyType({"ns_dtype": "muon_fp32_matmul_prec", "qkv_split": "muon_split_qkv"})
 _FIELDS = frozenset(setting.name for setting in fields(MuonConfig))
 
 # What Megatron's values of --muon-tp-mode mean for the result. Its duplicated and distributed modes both
 # orthogonalize the whole matrix and differ only in who computes it, which here is the plan's decision.
 _TP_MODES = MappingProxyType({"duplicated": "exact", "distributed": "exact"})
 
-# Megatron keeps Newton-Schulz in fp32 tensors and lowers the precision of their products. The same request in terms
-# of a dtype: the one it chooses when --muon-ns-dtype is unset, and those it agrees with.
+# Megatron keeps Newton-Schulz in fp32 tensors and lowers the precision of their products.
 _MATMUL_DTYPES = MappingProxyType({"low": ("bf16", "fp16"), "medium": ("bf16", "fp16"), "high": ("fp32",)})
+# Settings that a flag of Megatron's with another meaning implies: its destination, and the settings' values that agree
+# with each of the flag's values. The first one is taken where the setting is not given.
+_IMPLIED: Mapping[str, tuple[str, Mapping[Any, tuple[str, ...]]]] = MappingProxyType(
+    {"ns_dtype": ("muon_fp32_matmul_prec", _MATMUL_DTYPES), "qkv_split": ("muon_split_qkv", {False: ("none",)})}
+)
 
 
 @dataclass
@@ -58,7 +60,7 @@ class ParserChanges:
     values: dict[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def adopt(self, action: argparse.Action, choices: tuple[str, ...] = (), text: str | None = None) -> None:
-        """Makes a flag of Megatron's tell when it is unset, and lets it take `choices` too. Mutates `action`."""
+        """Makes `None` the default of a flag of Megatron's, and lets it take `choices` too. Mutates `action`."""
         self.defaults[action.dest] = action.default
         if action.nargs == 0:  # store_true or store_false
             self.values[action.dest] = (action.const,)
@@ -70,7 +72,7 @@ class ParserChanges:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> ParserChanges:
-    """Adds the flags of Distributed Muon to a parser, and makes Megatron's own `--muon-*` flags tell when unset.
+    """Adds the flags of Distributed Muon to a parser; unset `--muon-*` flags of Megatron's become `None`.
 
     Flags that the parser has already keep their names and meaning; their default becomes `None`. On a parser that has
     none of them (the launcher's `--help`) all are created.
@@ -106,7 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> ParserChanges:
         if other is not None:
             changes.adopt(other, text=f"as {option}")
     # Megatron's flags that are no setting here: `config_from_args` translates or refuses them.
-    for dest in ("muon_fp32_matmul_prec", "muon_scalar_optimizer", "muon_split_qkv"):
+    for dest in ("muon_scalar_optimizer", *(dest for dest, _ in _IMPLIED.values())):
         if dest in actions:
             changes.adopt(actions[dest])
     _repair_help(parser)
@@ -155,8 +157,8 @@ def apply(
     Args:
         args: Parsed by a parser that `add_arguments` extended. Mutated.
         changes: What `add_arguments` returned for that parser.
-        cpu: Whether the CPU backend is active. Newton-Schulz then runs in fp32 unless told otherwise.
-        machine: What FP8 is checked against; None asks this machine, where FP8 is asked for.
+        cpu: Whether the CPU backend is active. Newton-Schulz then runs in fp32 unless a flag says otherwise.
+        machine: Machine that FP8 is checked against; None: this one.
 
     Returns:
         The settings, or None without `--distributed-muon`.
@@ -179,9 +181,9 @@ def apply(
     config = config_from_args(args, own)
     check_mup(getattr(args, "use_mup", False), config.scale_mode)
     if config.splits:
-        load_split_rows(config.splits)  # bad rows are told before anything starts
+        load_split_rows(config.splits)  # raises for bad rows before anything starts
     if config.links:
-        load_links(config.links)  # so is a bad links file
+        load_links(config.links)  # raises for a bad file
     _apply_fp8(args, config, cpu=cpu, machine=machine)
     _write_back(args, config)
     return config
@@ -257,19 +259,13 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
             )
         if both:
             given[setting] = both[0]
-    precision = getattr(args, "muon_fp32_matmul_prec", None)
-    if precision is not None:
-        dtypes = _MATMUL_DTYPES[precision]
-        if given.setdefault("ns_dtype", dtypes[0]) not in dtypes:
+    for setting, (dest, agreeing) in _IMPLIED.items():
+        values = agreeing.get(getattr(args, dest, None), ())
+        if values and given.setdefault(setting, values[0]) not in values:
             raise ValueError(
-                f"--muon-ns-dtype: got {given['ns_dtype']!r}, expected {' or '.join(dtypes)}, which is what "
-                f"--muon-fp32-matmul-prec {precision} means; give only one of the two"
+                f"{_option(f'muon_{setting}')}: got {given[setting]!r}, expected {' or '.join(map(repr, values))}, "
+                f"which is what {_spell(dest, getattr(args, dest))} means; give only one of the two"
             )
-    if getattr(args, "muon_split_qkv", None) is False and given.setdefault("qkv_split", "none") != "none":
-        raise ValueError(
-            f"--muon-qkv-split: got {given['qkv_split']!r}, expected 'none', which is what --muon-no-split-qkv means; "
-            "give only one of the two"
-        )
     if "tp_mode" in given:
         given["tp_mode"] = _TP_MODES.get(given["tp_mode"], given["tp_mode"])
     return given
@@ -277,7 +273,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
 
 def _words(args: argparse.Namespace, setting: str) -> str:
     """The words on the command line that gave a setting, in Megatron's spelling where that was used."""
-    dests = (f"muon_{setting}", _MEGATRON_SPELLINGS.get(setting, ""), _TRANSLATED.get(setting, ""))
+    dests = (f"muon_{setting}", _MEGATRON_SPELLINGS.get(setting, ""), _IMPLIED.get(setting, ("",))[0])
     return next(_spell(dest, value) for dest in dests if (value := getattr(args, dest, None)) is not None)
 
 
@@ -293,7 +289,7 @@ def _spell(dest: str, value: Any) -> str:
 
 
 def _write_back(args: argparse.Namespace, config: MuonConfig) -> None:
-    """Makes what Megatron prints and stores say what is used; `config_from_args` reads the same config from it."""
+    """Stores the settings in `args`, for what Megatron prints and saves; `config_from_args` reads them again."""
     for name, value in dataclasses.asdict(config).items():
         setattr(args, f"muon_{name}", value)
         if name in _MEGATRON_SPELLINGS:
@@ -305,7 +301,7 @@ def _write_back(args: argparse.Namespace, config: MuonConfig) -> None:
 
 
 def _warn_of_flags_without_switch(args: argparse.Namespace, changes: ParserChanges) -> None:
-    """Warns once if Megatron's flags of Muon are given, but nothing that makes them count."""
+    """Warns once if Megatron's flags of Muon are given without a flag that gives them an effect."""
     given = [_spell(dest, value) for dest in changes.defaults if (value := getattr(args, dest)) is not None]
     if given and args.optimizer not in ("muon", "dist_muon", "adaptive_muon"):
         warn(
