@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,3 +79,8 @@ def model_keys(keys: Iterable[str]) -> list[str]:
 def is_optimizer_state(key: str) -> bool:
     """Whether a tensor's key is that of optimizer state, in any of Megatron's formats."""
     return not model_keys([key])
+
+
+def and_more(names: Sequence[str]) -> str:
+    """The first of some names and the number of others, for messages."""
+    return f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}"

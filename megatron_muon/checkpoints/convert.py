@@ -10,6 +10,7 @@ and so the bias correction, continues.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ from megatron_muon.state_keys import (
 )
 
 Momentum = Literal["exp_avg", "zeros"]
+How = Literal["copy", "divide", "zeros", "square"]
 
 
 @dataclass(frozen=True)
@@ -46,9 +48,9 @@ class Options:
     Attributes:
         source: Optimizer of the source checkpoint.
         target: Optimizer to convert to.
-        start: `exp_avg` keeps the mean gradient, `zeros` starts from zero.
+        start: Start of the states that are made: `exp_avg` keeps the mean gradient, `zeros` starts from zero.
         momentum: Momentum of the Muon to convert to; None takes the source's, or 0.95 from AdamW.
-        router: `adam` if the run that will load it leaves routers to AdamW.
+        router: Optimizer of routers in the run that will load the target: `muon` or `adam`.
     """
 
     source: OptimizerKind
@@ -64,18 +66,17 @@ class Entry:
 
     Attributes:
         key: Key of the tensor.
-        source: Key of the source's tensor; values that are not copied are fp32.
-        divisor: Number by which the source is divided.
-        zeros: Whether the tensor is zero instead.
-        square: Factor on the mean square of each matrix of the source, which the tensor then holds; None: it does not.
+        source: Key of the source's tensor.
+        how: Origin of the values: the source's; the source divided by `number`, in fp32; zeros; or `number` times the
+            mean square of each matrix of the source, in fp32.
+        number: The divisor or factor.
         stacked: Number of leading axes that count matrices.
     """
 
     key: str
     source: str
-    divisor: float = 1.0
-    zeros: bool = False
-    square: float | None = None
+    how: How = "copy"
+    number: float = 1.0
     stacked: int = 0
 
 
@@ -139,15 +140,15 @@ def convert(
         (partial / TRACKER).write_text(str(iteration), encoding="utf-8")
     if progress is not None:
         progress("done", len(entries), len(entries))
-    fresh = tuple(sorted({entry.source for entry in entries if entry.zeros}))
+    count = Counter(entry.how for entry in entries)
     betas, _ = adam_settings(checkpoint.common)
-    to_adam = any(entry.zeros and SQUARE in entry.key for entry in entries)
+    to_adam = any(entry.how == "zeros" and SQUARE in entry.key for entry in entries)
     return Result(
         target_path / name,
-        copied=sum(not entry.zeros and entry.divisor == 1.0 and entry.square is None for entry in entries),
-        scaled=sum(entry.divisor != 1.0 for entry in entries),
-        squared=sum(entry.square is not None for entry in entries),
-        fresh=fresh,
+        copied=count["copy"],
+        scaled=count["divide"],
+        squared=count["square"],
+        fresh=tuple(sorted({entry.source for entry in entries if entry.how == "zeros"})),
         restart_factor=largest_restart_factor(*betas) if to_adam else None,
     )
 
@@ -178,22 +179,27 @@ def _entry(checkpoint: Checkpoint, parameter: Parameter, state: str, options: Op
         return Entry(key, _state(checkpoint, parameter, state))
     source = parameter.states[MOMENTUM]
     if options.start == "zeros":
-        return Entry(key, source, zeros=True)
+        return Entry(key, source, "zeros")
     factor = _mean_per_momentum(checkpoint, options)
     if state == MEAN:
-        return Entry(key, source, divisor=1.0 / factor)
+        return _divided(key, source, 1.0 / factor)
     betas, step = adam_settings(checkpoint.common)
-    return Entry(key, source, square=factor**2 * square_factor(betas, step), stacked=parameter.stacked)
+    return Entry(key, source, "square", factor**2 * square_factor(betas, step), parameter.stacked)
 
 
 def _momentum(checkpoint: Checkpoint, parameter: Parameter, options: Options) -> Entry:
     """Muon's momentum, from Muon's or from AdamW's mean gradient."""
-    source = _state(checkpoint, parameter, MOMENTUM, MEAN)
+    key, source = state_key(MOMENTUM, parameter.name), _state(checkpoint, parameter, MOMENTUM, MEAN)
+    if options.start == "zeros":
+        return Entry(key, source, "zeros")
     divisor = 1.0 - _target_momentum(checkpoint, options) if options.target == "distributed-muon" else 1.0
     if source == parameter.states.get(MOMENTUM):
         divisor /= _mean_per_momentum(checkpoint, options)
-    zeros = options.start == "zeros"
-    return Entry(state_key(MOMENTUM, parameter.name), source, divisor=1.0 if zeros else divisor, zeros=zeros)
+    return _divided(key, source, divisor)
+
+
+def _divided(key: str, source: str, divisor: float) -> Entry:
+    return Entry(key, source, "copy" if divisor == 1.0 else "divide", divisor)
 
 
 def _mean_per_momentum(checkpoint: Checkpoint, options: Options) -> float:
@@ -241,20 +247,15 @@ def _state(checkpoint: Checkpoint, parameter: Parameter, *states: str) -> str:
 
 def _write(checkpoint: Checkpoint, entry: Entry, writer: CheckpointWriter) -> None:
     stored = checkpoint.tensors[entry.source]
-    means = None
-    if entry.square is not None:
-        means = mean_squares(checkpoint, entry.source, entry.stacked).mul_(entry.square)
-    if entry.divisor != 1.0:
-        for chunk, tensor in checkpoint.chunks(entry.source):
-            writer.add(MetadataIndex(entry.key, chunk.offsets), tensor.float().div_(entry.divisor), stored.size)
-            # Before the next one is read.
-            del tensor
-        return
+    if entry.how == "square":
+        means = mean_squares(checkpoint, entry.source, entry.stacked).mul_(entry.number)
     for chunk in stored.chunks:
         target = MetadataIndex(entry.key, chunk.offsets)
-        if entry.zeros:
+        if entry.how == "divide":
+            writer.add(target, checkpoint.chunk(entry.source, chunk).float().div_(entry.number), stored.size)
+        elif entry.how == "zeros":
             writer.add(target, torch.zeros(chunk.sizes), stored.size)
-        elif means is not None:
+        elif entry.how == "square":
             writer.add(target, spread(means, chunk.offsets, chunk.sizes), stored.size)
         else:
             with checkpoint.open(MetadataIndex(entry.source, chunk.offsets)) as stream:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from megatron_muon.checkpoints.contents import is_optimizer_state, model_keys
+from megatron_muon.checkpoints.contents import and_more, is_optimizer_state, model_keys
 from megatron_muon.checkpoints.digest import DIGEST_BYTES, FileEntry, checksum
 from megatron_muon.checkpoints.reader import METADATA, TRACKER, Checkpoint, dtype_name
 
@@ -261,18 +261,14 @@ def unwanted_problem(directory: Path, manifest: Manifest, wanted: Iterable[str])
     if not left:
         return None
     return (
-        f"{directory}: {left[0]}{f' and {len(left) - 1} more' if left[1:] else ''}: got a tensor that this run's model "
-        "does not have; it is a checkpoint of another model; give the run the model's flags it was saved with, or "
-        "--no-load-optim to take the weights that fit"
+        f"{directory}: {and_more(left)}: got a tensor that this run's model does not have; it is a checkpoint of another "
+        "model; give the run the model's flags it was saved with, or --no-load-optim to take the weights that fit"
     )
 
 
 def named(keys: Sequence[str], what: str) -> str:
-    """The end of a message: the first of some tensors, and how many more there are."""
-    unique = list(dict.fromkeys(keys))
-    if not unique:
-        return ""
-    return f"; {what}: {unique[0]}{f' and {len(unique) - 1} more' if unique[1:] else ''}"
+    """The end of a message: the first of some tensors and the number of others, or nothing if there are none."""
+    return f"; {what}: {and_more(list(dict.fromkeys(keys)))}" if keys else ""
 
 
 def _digest(body: Mapping[str, Any]) -> str:

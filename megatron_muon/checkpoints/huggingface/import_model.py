@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
+from megatron_muon.checkpoints.contents import and_more
 from megatron_muon.checkpoints.huggingface.architecture import (
     LATENT_EPSILON,
     Settings,
@@ -195,9 +196,8 @@ def _check_tensors(model: ModelDirectory, names: list[str], shapes: dict[str, tu
     wanted = dict.fromkeys(names)
     missing = [name for name in wanted if name not in model.places]
     if missing:
-        more = f" and {len(missing) - 1} more" if missing[1:] else ""
         raise ValueError(
-            f"{model.path}: {missing[0]}{more}: missing, expected from config.json; a file is missing, or it is not "
+            f"{model.path}: {and_more(missing)}: missing, expected from config.json; a file is missing, or it is not "
             "this model's config.json. Download the directory again"
         )
     for name in wanted:
@@ -207,13 +207,12 @@ def _check_tensors(model: ModelDirectory, names: list[str], shapes: dict[str, tu
                 f"{model.path / model.places[name]}: {name}: got shape {got}, expected {expected} from config.json; "
                 "the file is another model's. Download the directory again"
             )
-    left = [n for n in model.places if n not in wanted and not n.endswith("rotary_emb.inv_freq")]
-    tied = "lm_head.weight" not in wanted
-    left = [name for name in left if not (tied and name == "lm_head.weight")]
+    # A tied output layer, and constants of older releases, may be stored all the same.
+    ignored = ("lm_head.weight", "rotary_emb.inv_freq")
+    left = [name for name in model.places if name not in wanted and not name.endswith(ignored)]
     if left:
-        more = f" and {len(left) - 1} more" if left[1:] else ""
         raise ValueError(
-            f"{model.path}: {left[0]}{more}: got a tensor that Megatron's model does not have; models with it cannot "
+            f"{model.path}: {and_more(left)}: got a tensor that Megatron's model does not have; models with it cannot "
             "be imported"
         )
 
