@@ -11,7 +11,7 @@ and so the bias correction, continues.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from megatron_muon.checkpoints.contents import FULLY_RESHARDABLE, Parameter, optimizer_kind, parameters, sharding
 from megatron_muon.checkpoints.moments import largest_restart_factor, mean_squares, spread, square_factor
 from megatron_muon.checkpoints.param_groups import adam_settings, converted_common, source_momentum
-from megatron_muon.checkpoints.reader import BACKEND, COMMON, TRACKER, Checkpoint
+from megatron_muon.checkpoints.reader import BACKEND, COMMON, TRACKER, Checkpoint, Progress, no_progress
 from megatron_muon.checkpoints.writer import CheckpointWriter, written_whole
 from megatron_muon.config import MuonConfig
 from megatron_muon.state_keys import (
@@ -101,9 +101,7 @@ class Result:
     restart_factor: float | None
 
 
-def convert(
-    source_path: Path, target_path: Path, options: Options, progress: Callable[[str, int, int], None] | None = None
-) -> Result:
+def convert(source_path: Path, target_path: Path, options: Options, progress: Progress = no_progress) -> Result:
     """Converts the checkpoint of an iteration; the target is a directory for `--load`, with its tracker file.
 
     It is written under another name, read back, and renamed, so that `target_path` is a whole checkpoint or not there.
@@ -112,7 +110,7 @@ def convert(
         source_path: Directory of a run or of an iteration.
         target_path: New directory.
         options: What to convert to.
-        progress: Called with a tensor's key, its number, and how many there are.
+        progress: Shows how far the work is.
 
     Raises:
         ValueError: If an option or the source is bad, or `target_path` exists.
@@ -128,8 +126,7 @@ def convert(
         name = f"iter_{iteration:07d}"
         writer = CheckpointWriter(partial / name)
         for number, entry in enumerate(entries):
-            if progress is not None:
-                progress(entry.key, number, len(entries))
+            progress(entry.key, number, len(entries))
             _write(checkpoint, entry, writer)
         for key in checkpoint.objects:
             if key != COMMON:
@@ -138,8 +135,7 @@ def convert(
         writer.add_object(COMMON, common)
         writer.finish((checkpoint.directory / BACKEND).read_bytes(), {"optimizer": options.target})
         (partial / TRACKER).write_text(str(iteration), encoding="utf-8")
-    if progress is not None:
-        progress("done", len(entries), len(entries))
+    progress("done", len(entries), len(entries))
     count = Counter(entry.how for entry in entries)
     betas, _ = adam_settings(checkpoint.common)
     to_adam = any(entry.how == "zeros" and SQUARE in entry.key for entry in entries)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from megatron_muon.checkpoints.contents import model_keys, optimizer_kind, parameters, sharding
 from megatron_muon.checkpoints.param_groups import source_momentum
-from megatron_muon.checkpoints.reader import Checkpoint, dtype_name
+from megatron_muon.checkpoints.reader import Checkpoint, Progress, dtype_name, no_progress
 from megatron_muon.state_keys import FP32_PARAM, MOMENTUM, PARAM
 
 # Names in Megatron's args, in the order in which they are printed.
@@ -57,9 +56,7 @@ class Inspection:
         return asdict(self)
 
 
-def inspect(
-    checkpoint: Checkpoint, *, norms: bool = True, progress: Callable[[str, int, int], None] | None = None
-) -> Inspection:
+def inspect(checkpoint: Checkpoint, *, norms: bool = True, progress: Progress = no_progress) -> Inspection:
     """Reads a checkpoint's metadata and, for norms, each of its tensors once, one chunk at a time.
 
     Raises:
@@ -73,8 +70,7 @@ def inspect(
     names = sorted({*model_keys(tensors), *(trained if kind is not None else ())})
     rows = []
     for number, name in enumerate(names):
-        if progress is not None:
-            progress(name, number, len(names))
+        progress(name, number, len(names))
         states = dict(trained[name].states) if name in trained else {}
         weight = {"weight": name} if name in tensors else {}
         keys = {**weight, **states}
@@ -90,8 +86,7 @@ def inspect(
                 norms={state: _norm(checkpoint, key) for state, key in keys.items()} if norms else {},
             )
         )
-    if progress is not None:
-        progress("done", len(names), len(names))
+    progress("done", len(names), len(names))
     return Inspection(
         directory=str(checkpoint.directory),
         optimizer=kind or "none",

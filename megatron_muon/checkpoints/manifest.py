@@ -261,8 +261,9 @@ def unwanted_problem(directory: Path, manifest: Manifest, wanted: Iterable[str])
     if not left:
         return None
     return (
-        f"{directory}: {and_more(left)}: got a tensor that this run's model does not have; it is a checkpoint of another "
-        "model; give the run the model's flags it was saved with, or --no-load-optim to take the weights that fit"
+        f"{directory}: {and_more(left)}: got a tensor that this run's model does not have; it is a checkpoint of "
+        "another model; give the run the model's flags it was saved with, or --no-load-optim to take the weights that "
+        "fit"
     )
 
 

@@ -7,11 +7,11 @@ called `common_state`.
 
 from __future__ import annotations
 
-import io
 import json
 import pickle
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +21,9 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem, metadata, planner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.utils import _create_file_view
+
+# Called with the name of what is done next, its number, and how many there are.
+Progress = Callable[[str, int, int], None]
 
 TRACKER = "latest_checkpointed_iteration.txt"
 BACKEND = "metadata.json"
@@ -49,6 +52,10 @@ _CLASSES: dict[tuple[str, str], Any] = {
 }
 # Empty classes that Megatron's earlier versions put into the metadata.
 _MEGATRON_MARKERS = re.compile(r"MCore(SavePlan|Metadata)")
+
+
+def no_progress(name: str, number: int, count: int) -> None:
+    """Shows nothing."""
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -185,15 +192,16 @@ class Checkpoint:
             )
         return out
 
-    def open(self, index: MetadataIndex) -> IO[bytes]:
-        """A stream over the bytes of one chunk or object.
+    @contextmanager
+    def open(self, index: MetadataIndex) -> Iterator[IO[bytes]]:
+        """Opens a stream over the bytes of one chunk or object.
 
         Raises:
             ValueError: If its file is missing, too short, or outside the checkpoint.
         """
         path, offset, length = self.extent(index)
-        stream = path.open("rb")
-        return _Slice(stream, offset, length)  # type: ignore[return-value]
+        with path.open("rb") as stream:
+            yield _create_file_view(stream, offset, length)  # type: ignore[arg-type, misc]
 
     def extent(self, index: MetadataIndex) -> tuple[Path, int, int]:
         """File, offset and length in bytes of a chunk or object. Raises as `open`."""
@@ -233,32 +241,6 @@ class Checkpoint:
                 "damaged. Use another iteration"
             )
         return info  # type: ignore[no-any-return]
-
-
-class _Slice(io.RawIOBase):
-    """A part of a file as a stream that closes the file."""
-
-    def __init__(self, stream: IO[bytes], offset: int, length: int) -> None:
-        self._stream, self._view = stream, _create_file_view(stream, offset, length)  # type: ignore[arg-type]
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._view.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._view.tell()
-
-    def readinto(self, buffer: Any) -> int:
-        return self._view.readinto(buffer)  # type: ignore[attr-defined, no-any-return]
-
-    def close(self) -> None:
-        self._stream.close()
-        super().close()
 
 
 def iteration_directory(path: Path) -> Path:

@@ -6,8 +6,9 @@ Reads a `torch_dist` checkpoint of any layout, one tensor at a time and without 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from megatron_muon.checkpoints.huggingface.names import Block, Heads, blocks_of,
 from megatron_muon.checkpoints.huggingface.safetensors_file import INDEX, Planned, shard_names, write_shard
 from megatron_muon.checkpoints.huggingface.tokenizer import Tokenizer
 from megatron_muon.checkpoints.manifest import file_problem, read_manifest
-from megatron_muon.checkpoints.reader import Checkpoint, dtype_name
+from megatron_muon.checkpoints.reader import Checkpoint, Progress, dtype_name, no_progress
 from megatron_muon.checkpoints.writer import check_space, written_whole
 from megatron_muon.config import TORCH_DTYPES
 from megatron_muon.state_keys import PARAM, state_key
@@ -84,9 +85,7 @@ class _Source:
     planned: Planned
 
 
-def export(
-    source: Path, target: Path, options: Options, progress: Callable[[str, int, int], None] | None = None
-) -> Result:
+def export(source: Path, target: Path, options: Options, progress: Progress = no_progress) -> Result:
     """Exports the model of an iteration.
 
     Everything is written under another name, read back, and renamed, so that `target` is either whole or not there.
@@ -95,7 +94,7 @@ def export(
         source: Directory of a run or of an iteration.
         target: New directory.
         options: How to export.
-        progress: Called with a tensor's name, its number, and how many there are.
+        progress: Shows how far the work is.
 
     Raises:
         ValueError: If an option or the source is bad, the model has no counterpart, or `target` exists.
@@ -118,18 +117,9 @@ def export(
         config = config_of(args, rows, dtype, bos, eos, any_epsilon=options.any_epsilon)
         shards = shard_names(planned, options.max_shard_bytes)
         check_space(partial, "DIR", sum(tensor.nbytes for tensor in planned.values()))
-        tensors = _tensors(checkpoint, sources, heads_of(args), options)
-        done = 0
+        tensors = _tensors(checkpoint, sources, heads_of(args), options, progress)
         for file, names in shards.items():
-
-            def some(names: Sequence[str] = names, done: int = done) -> Iterator[tuple[str, Tensor]]:
-                for number, name in enumerate(names, done):
-                    if progress is not None:
-                        progress(name, number, len(planned))
-                    yield next(tensors)
-
-            write_shard(partial / file, {name: planned[name] for name in names}, some())
-            done += len(names)
+            write_shard(partial / file, {name: planned[name] for name in names}, islice(tensors, len(names)))
         result = Result(
             target,
             config["architectures"][0],
@@ -206,11 +196,12 @@ def _layer_order(key: str) -> tuple[int, int, str]:
 
 
 def _tensors(
-    checkpoint: Checkpoint, sources: dict[str, _Source], heads: Heads | None, options: Options
+    checkpoint: Checkpoint, sources: dict[str, _Source], heads: Heads | None, options: Options, progress: Progress
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields the exported tensors; a block is read once for all of its parts."""
     last: tuple[Block, list[Tensor]] | None = None
-    for name, source in sources.items():
+    for number, (name, source) in enumerate(sources.items()):
+        progress(name, number, len(sources))
         block = source.block
         if last is None or last[0] is not block:
             last = None

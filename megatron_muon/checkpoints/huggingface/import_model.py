@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import shlex
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +28,7 @@ from megatron_muon.checkpoints.huggingface.architecture import (
 from megatron_muon.checkpoints.huggingface.names import Block, blocks_of, generic, joined, keys_of, shapes_of
 from megatron_muon.checkpoints.huggingface.safetensors_file import INDEX
 from megatron_muon.checkpoints.huggingface.tokenizer import read_json
-from megatron_muon.checkpoints.reader import COMMON, TRACKER
+from megatron_muon.checkpoints.reader import COMMON, TRACKER, Progress, no_progress
 from megatron_muon.checkpoints.writer import CheckpointWriter, check_space, written_whole
 
 FLAGS = "model.flags"
@@ -124,9 +123,7 @@ class ModelDirectory:
         return self._opened[name]
 
 
-def import_model(
-    source: Path, target: Path, dtype: torch.dtype | None, progress: Callable[[str, int, int], None] | None = None
-) -> Result:
+def import_model(source: Path, target: Path, dtype: torch.dtype | None, progress: Progress = no_progress) -> Result:
     """Imports a model.
 
     Everything is written under another name, read back, and renamed, so that `target` is either whole or not there.
@@ -135,7 +132,7 @@ def import_model(
         source: Directory with config.json and safetensors.
         target: New directory, for `--load`.
         dtype: Of the weights; None keeps that of the embedding. Biases of routers are fp32.
-        progress: Called with a tensor's key, its number, and how many there are.
+        progress: Shows how far the work is.
 
     Raises:
         ValueError: If the source is no model that Megatron computes, or lacks a tensor, or `target` exists.
@@ -161,8 +158,7 @@ def import_model(
         check_space(partial, "RUN", sum(size.numel() for size, _ in keys.values()) * dtype.itemsize)
         writer = CheckpointWriter(partial / "release")
         for number, (key, (size, blocks)) in enumerate(keys.items()):
-            if progress is not None:
-                progress(key, number, len(keys))
+            progress(key, number, len(keys))
             for block in blocks:
                 value = joined([model.tensor(name) for name in block.names], block.join, heads)
                 value = value.to(torch.float32 if key.endswith(_BIAS) else dtype)
