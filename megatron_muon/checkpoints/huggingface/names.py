@@ -24,19 +24,6 @@ Join = Literal["alone", "gated", "qkv"]
 
 
 @dataclass(frozen=True)
-class Rule:
-    """The tensors of Hugging Face's that one parameter of a layer consists of.
-
-    Attributes:
-        names: Their names within a layer; `{}` is the number of an expert.
-        join: How they lie in Megatron's tensor.
-    """
-
-    names: tuple[str, ...]
-    join: Join = "alone"
-
-
-@dataclass(frozen=True)
 class Block:
     """A part of a tensor in Megatron's checkpoint, and the tensors of Hugging Face's that it consists of.
 
@@ -74,52 +61,55 @@ _TOP = {
     "output_layer.weight": "lm_head.weight",
 }
 _GATE_UP = ("gate_proj", "up_proj")
-_MLP: dict[str, Rule] = {
-    "mlp.linear_fc1.weight": Rule(tuple(f"mlp.{name}.weight" for name in _GATE_UP), "gated"),
-    "mlp.linear_fc2.weight": Rule(("mlp.down_proj.weight",)),
+# Name of a layer's parameter in Megatron -> names within the layer of Hugging Face's tensors that it consists of;
+# `{}` is the number of an expert. Norms stand under the names of local layers and of Transformer Engine's.
+Names = Mapping[str, tuple[str, ...]]
+_MLP: Names = {
+    "mlp.linear_fc1.weight": tuple(f"mlp.{name}.weight" for name in _GATE_UP),
+    "mlp.linear_fc2.weight": ("mlp.down_proj.weight",),
     # Transformer Engine's layers fuse the norm into a dense MLP; local ones do not, but some are stored as if they did.
-    "mlp.linear_fc1.layer_norm_weight": Rule(("post_attention_layernorm.weight",)),
-    "pre_mlp_layernorm.weight": Rule(("post_attention_layernorm.weight",)),
-    "input_layernorm.weight": Rule(("input_layernorm.weight",)),
+    "mlp.linear_fc1.layer_norm_weight": ("post_attention_layernorm.weight",),
+    "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight",),
+    "input_layernorm.weight": ("input_layernorm.weight",),
 }
-_GROUPED_QUERY: dict[str, Rule] = {
-    "self_attention.linear_qkv.weight": Rule(tuple(f"self_attn.{part}_proj.weight" for part in "qkv"), "qkv"),
-    "self_attention.linear_qkv.layer_norm_weight": Rule(("input_layernorm.weight",)),
-    "self_attention.linear_proj.weight": Rule(("self_attn.o_proj.weight",)),
+_GROUPED_QUERY: Names = {
+    "self_attention.linear_qkv.weight": tuple(f"self_attn.{part}_proj.weight" for part in "qkv"),
+    "self_attention.linear_qkv.layer_norm_weight": ("input_layernorm.weight",),
+    "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
 }
-_HEAD_NORMS: dict[str, Rule] = {
-    "self_attention.q_layernorm.weight": Rule(("self_attn.q_norm.weight",)),
-    "self_attention.k_layernorm.weight": Rule(("self_attn.k_norm.weight",)),
+_HEAD_NORMS: Names = {f"self_attention.{part}_layernorm.weight": (f"self_attn.{part}_norm.weight",) for part in "qk"}
+# Queries of latent attention, without and with --q-lora-rank.
+_WHOLE_QUERIES: Names = {"self_attention.linear_q_proj.weight": ("self_attn.q_proj.weight",)}
+_LOW_RANK_QUERIES: Names = {
+    "self_attention.linear_q_down_proj.weight": ("self_attn.q_a_proj.weight",),
+    "self_attention.linear_q_up_proj.weight": ("self_attn.q_b_proj.weight",),
+    "self_attention.q_layernorm.weight": ("self_attn.q_a_layernorm.weight",),
+    "self_attention.linear_q_up_proj.layer_norm_weight": ("self_attn.q_a_layernorm.weight",),
 }
-_LATENT: dict[str, Rule] = {
-    "self_attention.linear_q_proj.weight": Rule(("self_attn.q_proj.weight",)),
-    "self_attention.linear_q_down_proj.weight": Rule(("self_attn.q_a_proj.weight",)),
-    "self_attention.linear_q_up_proj.weight": Rule(("self_attn.q_b_proj.weight",)),
-    # Each norm under the names of local layers and of Transformer Engine's.
-    "self_attention.q_layernorm.weight": Rule(("self_attn.q_a_layernorm.weight",)),
-    "self_attention.linear_q_up_proj.layer_norm_weight": Rule(("self_attn.q_a_layernorm.weight",)),
-    "self_attention.linear_kv_down_proj.weight": Rule(("self_attn.kv_a_proj_with_mqa.weight",)),
-    "self_attention.kv_layernorm.weight": Rule(("self_attn.kv_a_layernorm.weight",)),
-    "self_attention.linear_kv_up_proj.layer_norm_weight": Rule(("self_attn.kv_a_layernorm.weight",)),
-    "self_attention.linear_kv_up_proj.weight": Rule(("self_attn.kv_b_proj.weight",)),
-    "self_attention.linear_proj.weight": Rule(("self_attn.o_proj.weight",)),
+_LATENT: Names = {
+    **_WHOLE_QUERIES,
+    **_LOW_RANK_QUERIES,
+    "self_attention.linear_kv_down_proj.weight": ("self_attn.kv_a_proj_with_mqa.weight",),
+    "self_attention.kv_layernorm.weight": ("self_attn.kv_a_layernorm.weight",),
+    "self_attention.linear_kv_up_proj.layer_norm_weight": ("self_attn.kv_a_layernorm.weight",),
+    "self_attention.linear_kv_up_proj.weight": ("self_attn.kv_b_proj.weight",),
+    "self_attention.linear_proj.weight": ("self_attn.o_proj.weight",),
 }
-_EXPERTS: dict[str, Rule] = {
-    "mlp.router.weight": Rule(("mlp.gate.weight",)),
-    "mlp.experts.experts.linear_fc1.weight": Rule(tuple(f"mlp.experts.{{}}.{n}.weight" for n in _GATE_UP), "gated"),
-    "mlp.experts.experts.linear_fc2.weight": Rule(("mlp.experts.{}.down_proj.weight",)),
+_EXPERTS: Names = {
+    "mlp.router.weight": ("mlp.gate.weight",),
+    "mlp.experts.experts.linear_fc1.weight": tuple(f"mlp.experts.{{}}.{name}.weight" for name in _GATE_UP),
+    "mlp.experts.experts.linear_fc2.weight": ("mlp.experts.{}.down_proj.weight",),
 }
-_BIAS_AND_SHARED: dict[str, Rule] = {
-    "mlp.router.expert_bias": Rule(("mlp.gate.e_score_correction_bias",)),
-    "mlp.shared_experts.linear_fc1.weight": Rule(tuple(f"mlp.shared_experts.{n}.weight" for n in _GATE_UP), "gated"),
-    "mlp.shared_experts.linear_fc2.weight": Rule(("mlp.shared_experts.down_proj.weight",)),
+_BIAS_AND_SHARED: Names = {
+    "mlp.router.expert_bias": ("mlp.gate.e_score_correction_bias",),
+    "mlp.shared_experts.linear_fc1.weight": tuple(f"mlp.shared_experts.{name}.weight" for name in _GATE_UP),
+    "mlp.shared_experts.linear_fc2.weight": ("mlp.shared_experts.down_proj.weight",),
 }
-# Parameters of one layer by their names in Megatron.
-RULES: Mapping[Architecture, Mapping[str, Rule]] = {
-    "llama": _MLP | _GROUPED_QUERY,
-    "qwen3": _MLP | _GROUPED_QUERY | _HEAD_NORMS,
-    "qwen3_moe": _MLP | _GROUPED_QUERY | _HEAD_NORMS | _EXPERTS,
-    "deepseek_v3": _MLP | _LATENT | _EXPERTS | _BIAS_AND_SHARED,
+NAMES: Mapping[Architecture, Names] = {
+    "llama": {**_MLP, **_GROUPED_QUERY},
+    "qwen3": {**_MLP, **_GROUPED_QUERY, **_HEAD_NORMS},
+    "qwen3_moe": {**_MLP, **_GROUPED_QUERY, **_HEAD_NORMS, **_EXPERTS},
+    "deepseek_v3": {**_MLP, **_LATENT, **_EXPERTS, **_BIAS_AND_SHARED},
 }
 
 
@@ -141,23 +131,16 @@ def blocks_of(key: str, shape: Sequence[int], architecture: Architecture) -> Ite
     name = found[2] if found else ""
     # Experts are stacked along an axis, or, with singleton_local_shards, have keys of their own.
     expert = re.search(r"(?<=experts\.experts\.)(\d+)\.", name)
-    rule = RULES[architecture].get(name.replace(expert[0], "", 1) if expert else name)
-    if found is None or rule is None:
+    names = NAMES[architecture].get(name.replace(expert[0], "", 1) if expert else name)
+    if found is None or names is None:
         raise ValueError(f"{key}: a {architecture} model of Hugging Face's has no such tensor; it cannot be exported")
-    layers = [int(found[1])] if found[1] else range(shape[0])
-    of_experts = "{}" in rule.names[0]
-    for layer in layers:
+    join: Join = "alone" if len(names) == 1 else "gated" if len(names) == 2 else "qkv"
+    for layer in [int(found[1])] if found[1] else range(shape[0]):
         index = () if found[1] else (layer,)
-        if not of_experts or expert:
-            number = int(expert[1]) if expert else 0
-            yield Block(key, index, _names(rule, layer, number), rule.join)
-            continue
-        for number in range(shape[len(index)]):
-            yield Block(key, (*index, number), _names(rule, layer, number), rule.join)
-
-
-def _names(rule: Rule, layer: int, expert: int) -> tuple[str, ...]:
-    return tuple(f"model.layers.{layer}.{name.format(expert)}" for name in rule.names)
+        stacked = "{}" in names[0] and not expert
+        for number in range(shape[len(index)]) if stacked else [int(expert[1]) if expert else 0]:
+            whole = tuple(f"model.layers.{layer}.{name.format(number)}" for name in names)
+            yield Block(key, (*index, number) if stacked else index, whole, join)
 
 
 def keys_of(settings: Mapping[str, Any], architecture: Architecture) -> Iterator[tuple[str, bool]]:
@@ -173,10 +156,10 @@ def keys_of(settings: Mapping[str, Any], architecture: Architecture) -> Iterator
     if settings["untie_embeddings_and_output_weights"]:
         yield "output_layer.weight", False
     if not settings["num_experts"]:
-        yield from ((f"decoder.layers.{name}", True) for name in RULES[architecture] if _applies(name, settings, False))
+        yield from ((f"decoder.layers.{name}", True) for name in NAMES[architecture] if _applies(name, settings, False))
         return
     for layer, experts in enumerate(settings["moe_layer_freq"]):
-        for name in RULES[architecture]:
+        for name in NAMES[architecture]:
             if _applies(name, settings, bool(experts)):
                 yield f"decoder.layers.{layer}.{name}", False
 
@@ -187,8 +170,8 @@ def _applies(name: str, settings: Mapping[str, Any], experts: bool) -> bool:
         return experts
     if name in ("mlp.linear_fc1.weight", "mlp.linear_fc2.weight"):
         return not experts
-    if settings["multi_latent_attention"] and "_q_" in name.replace(".q_layernorm", "._q_"):
-        return bool(settings["q_lora_rank"]) != name.startswith("self_attention.linear_q_proj")
+    if settings["multi_latent_attention"] and name in {**_WHOLE_QUERIES, **_LOW_RANK_QUERIES}:
+        return bool(settings["q_lora_rank"]) == (name in _LOW_RANK_QUERIES)
     return True
 
 
