@@ -6,9 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from megatron_muon.checkpoints.contents import model_keys, optimizer_kind, parameters, sharding
+from megatron_muon.checkpoints.moments import sum_of_squares
 from megatron_muon.checkpoints.param_groups import source_momentum
 from megatron_muon.checkpoints.reader import Checkpoint, Progress, dtype_name, no_progress
 from megatron_muon.state_keys import FP32_PARAM, MOMENTUM, PARAM
@@ -102,9 +101,7 @@ def _norm(checkpoint: Checkpoint, key: str) -> float:
     squares = 0.0
     for _, chunk in checkpoint.chunks(key):
         if chunk.is_floating_point():
-            # In pieces, since a float64 copy of a chunk would be twice its size.
-            for piece in torch.split(chunk.flatten(), 1 << 20):
-                squares += float(piece.double().square().sum())
+            squares += sum_of_squares(chunk)
         del chunk
     return math.sqrt(squares)
 

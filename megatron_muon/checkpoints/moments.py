@@ -47,6 +47,11 @@ def largest_restart_factor(beta1: float, beta2: float) -> float:
     return float(max((1 - beta1**k) / (1 - beta2**k) ** 0.5 for k in steps))
 
 
+def sum_of_squares(tensor: Tensor) -> float:
+    """The sum of a tensor's squares, accumulated in fp64."""
+    return sum(float(piece.double().square().sum()) for piece in torch.split(tensor.reshape(-1), _PIECE_NUMEL))
+
+
 def mean_squares(checkpoint: Checkpoint, key: str, stacked: int) -> Tensor:
     """The mean square of each matrix in a tensor; reads it once, one chunk at a time.
 
@@ -63,9 +68,8 @@ def mean_squares(checkpoint: Checkpoint, key: str, stacked: int) -> Tensor:
     for chunk, tensor in checkpoint.chunks(key):
         lead = itertools.product(*(range(count) for count in chunk.sizes[:stacked]))
         for at in lead:
-            pieces = torch.split(tensor[at].reshape(-1), _PIECE_NUMEL)
             place = tuple(offset + index for offset, index in zip(chunk.offsets, at))
-            sums[place] += sum(float(piece.double().square().sum()) for piece in pieces)
+            sums[place] += sum_of_squares(tensor[at])
         # Before the next one is read.
         del tensor
     return sums / size[stacked:].numel()
