@@ -35,7 +35,7 @@ _PIECE_BYTES = 32 << 20
 
 
 class CheckpointWriter:
-    """Writes into a directory of its own. Call `finish` last: without it there is no checkpoint.
+    """Writes a checkpoint into a new directory. Call `finish` last: without it there is no checkpoint.
 
     Args:
         directory: New directory for the iteration.
@@ -50,7 +50,7 @@ class CheckpointWriter:
         self._out: DigestWriter | None = None
 
     def copy(self, index: MetadataIndex, stream: IO[bytes], tensor: TensorStorageMetadata | None = None) -> None:
-        """Copies an archive as it is, under the key of `index`; `tensor` tells the dtype and shape of a tensor's."""
+        """Copies an archive as it is, under the key of `index`; `tensor` has the dtype and shape of a tensor."""
         with self._archive(index) as out:
             shutil.copyfileobj(stream, out, _COPY_BYTES)
         self._register(index, tensor)
@@ -83,7 +83,7 @@ class CheckpointWriter:
 
         Args:
             backend: Content of `metadata.json`.
-            optimizer: Name of the optimizer whose state it holds, for the manifest; without it there is no manifest.
+            optimizer: Name of the optimizer that wrote the state, for the manifest; None: no manifest is written.
 
         Raises:
             RuntimeError: If what is read differs from what was written.

@@ -143,7 +143,7 @@ def export(source: Path, target: Path, options: Options, progress: Progress = no
 
 
 def _check_files(directory: Path) -> None:
-    """Raises ValueError if files of the checkpoint are missing or truncated, as far as its manifest tells."""
+    """Raises ValueError if files of the checkpoint are missing or truncated, judging by its manifest."""
     manifest = read_manifest(directory)
     for name, entry in (manifest.files if manifest else {}).items():
         problem = file_problem(directory, name, entry, contents=False)

@@ -25,7 +25,7 @@ class Tokenizer:
 
     Attributes:
         directory: Where they lie.
-        size: Number of tokens, up to the largest id; None where no file tells.
+        size: Number of tokens, up to the largest id; None where no file lists them.
         bos: Id of the token that begins a text, if there is one.
         eos: Id of the token that ends a text, if there is one.
     """
@@ -75,7 +75,7 @@ class Tokenizer:
 
 
 def _ids(directory: Path) -> dict[str, int]:
-    """Token -> id, as far as the files tell; of a tiktoken file the ids alone matter."""
+    """Token -> id, as far as the files list them; of a tiktoken file only the ids are used."""
     out: dict[str, int] = {}
     for path in (path for name in _TIKTOKEN for path in directory.glob(name)):
         out |= {line.split()[0]: int(line.split()[1]) for line in path.read_text().splitlines() if line.strip()}

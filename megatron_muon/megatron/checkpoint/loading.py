@@ -21,7 +21,7 @@ from megatron_muon.megatron.entry.active import active_config
 from megatron_muon.megatron.entry.agreement import all_or_none, from_first, rank_in, size_of
 from megatron_muon.megatron.entry.messages import say
 
-# Megatron opens a checkpoint several times for one load: the directory whose files have been checked, its manifest.
+# The directory that has been checked, and its manifest: Megatron opens a checkpoint several times for one load.
 _checked: tuple[Path, Manifest | None] | None = None
 
 

@@ -1,7 +1,7 @@
 """Saving: Megatron's writers digest what they write, and a manifest ends the checkpoint.
 
-A writer may be a process of its own, spawned by Megatron, in which no seam has been installed. So the function that it
-is sent is one of this module, and checksums come back with the results that Megatron collects on rank 0.
+A writer may be another process, spawned by Megatron, in which no seam has been installed. So Megatron sends it a
+function of this module, and checksums come back with the results that Megatron collects on rank 0.
 
 Rank 0 writes the manifest before `latest_checkpointed_iteration.txt` moves (after it with `--ckpt-format torch`,
 because that save cannot be divided). Nothing large is read back unless `--muon-verify-saves` asks for it. A save that
@@ -120,7 +120,7 @@ def _explained(directory: Path) -> Iterator[None]:
     except (Exception, CheckpointException) as error:
         reason = first_line(error)
         if isinstance(error, CheckpointException):
-            # Raised on all ranks at once, but only the first has been told why.
+            # Raised on all ranks at once, but only the first has the reasons.
             failures = {rank: first_line(failure[0]) for rank, failure in error.failures.items()}
             reason = from_first(lambda: "; ".join(f"rank {rank}: {text}" for rank, text in sorted(failures.items())))
         tracker = directory.parent / TRACKER
@@ -133,7 +133,7 @@ def _explained(directory: Path) -> Iterator[None]:
 
 
 def get_save_function_and_args(original: Callable[..., Any], self: Any) -> Any:
-    """The seam around what tells Megatron which function writes a rank's files: it becomes `digested_write`."""
+    """The seam around the method that names the function that writes a rank's files: it becomes `digested_write`."""
     write, preload, arguments = original(self)
     if write is None or active_config() is None:
         return write, preload, arguments
@@ -226,7 +226,7 @@ def is_current_async_call_done(
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The operating system's error, if there is one: torch.save reports one of its own."""
+    """The operating system's error, if there is one: torch.save raises another one."""
     at: BaseException | None = error
     while at is not None:
         if isinstance(at, OSError):

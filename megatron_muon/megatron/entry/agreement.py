@@ -1,7 +1,7 @@
 """Compares the settings of all ranks before anything is built, and gives work of several ranks one outcome.
 
-Ranks with other settings train on silently with wrong updates, or wait for each other forever: a variant, a logged or
-a profiled step and QK-Clip issue collectives of their own.
+Ranks with different settings train with wrong updates and no error, or wait for each other forever: a variant, a logged
+or profiled step, and QK-Clip issue further collectives.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def all_or_none[T](work: Callable[[], T], group: dist.ProcessGroup | None = None
 def from_first[T](work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
     """Calls `work` on the group's first rank alone and returns its result on every rank: one broadcast.
 
-    Otherwise as `all_or_none`, whose result would hold a value for each rank.
+    Otherwise as `all_or_none`, which would gather a value from each rank.
     """
     outcome = _attempt(work) if rank_in(group) == 0 else (None, None)
     own = outcome[1]

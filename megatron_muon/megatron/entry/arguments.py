@@ -1,6 +1,6 @@
 """Command-line flags of Distributed Muon, made from `MuonConfig`, on top of Megatron's own `--muon-*` flags.
 
-A flag left unset is `None` after parsing, so that the preset's value can be told from a given one. `apply` then
+An unset flag is `None` after parsing, which distinguishes it from a flag with the default value. `apply` then
 either turns the arguments into a run with Distributed Muon or hands them back as stock Megatron would have parsed
 them.
 """
@@ -27,7 +27,7 @@ _METAVARS: Mapping[type, str] = MappingProxyType({int: "N", float: "X", str: "NA
 GROUP_TITLE = "distributed muon"
 DEFAULT_PRESET: Preset = "moonlight"
 
-# Settings whose flag Megatron spells differently: both spellings work.
+# Settings that Megatron has under another flag: both spellings work.
 _MEGATRON_SPELLINGS = MappingProxyType({"coefficients": "muon_coefficient_type", "ns_steps": "muon_num_ns_steps"})
 
 _FIELDS = frozenset(setting.name for setting in fields(MuonConfig))

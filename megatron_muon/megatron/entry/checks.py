@@ -121,7 +121,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     ):
         raise ValueError(
             "--reuse-grad-buf-for-mxfp8-param-ag: got False, expected True with --fp8-param-gather and --fp8-recipe "
-            "mxfp8, whose parameters cannot lie in a buffer of DDP; add it"
+            "mxfp8, since its parameters cannot lie in a buffer of DDP; add it"
         )
     for name in _NOT_NEGATIVE:
         _check_not_negative(flag_of(name), getattr(args, name, None))
@@ -243,7 +243,7 @@ def check_megatron_version() -> str:
     A Megatron-LM source tree on `sys.path` hides an installed wheel, so the imported code is checked.
 
     Raises:
-        RuntimeError: If this package has not been made for that version.
+        RuntimeError: If this package does not support that version.
     """
     from megatron.core.package_info import __version__ as version
     from packaging.specifiers import SpecifierSet

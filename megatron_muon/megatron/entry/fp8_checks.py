@@ -37,7 +37,7 @@ class Fp8Recipe:
     """What an FP8 recipe of Transformer Engine needs.
 
     Attributes:
-        format: The recipe's usual format: hybrid has gradients in e5m2, e4m3 has everything in e4m3.
+        format: Default format: hybrid has gradients in e5m2, e4m3 has everything in e4m3.
         block: Number of which both dimensions of a weight on a rank are multiples: the block with one scale, or what
             FP8 matrix products need.
         te_version: First Transformer Engine with which Megatron-Core uses the recipe for grouped products of experts.
@@ -102,7 +102,7 @@ def check_arguments_fp8(
     Args:
         args: Megatron's arguments, before the flags that `--muon-moe-fp8` implies are set.
         moe_fp8: The value of `--muon-moe-fp8`.
-        cpu: Whether the CPU backend is active, whose device is not checked.
+        cpu: Whether the CPU backend is active; the device is not checked then.
         machine: What to check against; None asks this machine.
 
     Raises:
@@ -126,7 +126,7 @@ def check_arguments_fp8(
         _check_contradictions(args, moe_fp8)
     if getattr(args, "first_last_layers_bf16", False) and recipe == "delayed":
         raise ValueError(
-            f"--first-last-layers-bf16: got True, expected False with {flag}, whose scales are updated once for all "
+            f"--first-last-layers-bf16: got True, expected False with {flag}, which updates scales once for all "
             "layers; omit it, or choose another recipe"
         )
     _check_dispatcher(args, flag, implied=moe_fp8 != "off" and not emulated)
@@ -278,6 +278,4 @@ def _check_transformer_engine_layers(args: argparse.Namespace, flag: str) -> Non
             "of the two"
         )
     if not args.bf16:
-        raise ValueError(
-            f"--bf16: got False, expected True with {flag}, beside whose experts everything is bf16; add --bf16"
-        )
+        raise ValueError(f"--bf16: got False, expected True with {flag}, since all but the experts is bf16; add --bf16")

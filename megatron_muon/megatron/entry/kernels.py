@@ -1,8 +1,8 @@
-"""Which compiled code Megatron will take, and whether it works: asked before a run starts.
+"""Checks, before a run starts, that the compiled code that Megatron takes works.
 
 Megatron takes FusedAdam (here: of the parameters that are not Muon's), gradient norms and scaling from Transformer
-Engine where it finds the package, else from apex, else from torch. A package that is there but incomplete is found all
-the same, and fails far from its cause: while Megatron is imported, or when the optimizer is made.
+Engine where it finds the package, else from apex, else from torch. It also finds incomplete packages, which fail far
+from the cause: while Megatron is imported, or when the optimizer is made.
 
 Megatron's training loop also compiles a helper for datasets, with the `python3` that is first on PATH.
 """

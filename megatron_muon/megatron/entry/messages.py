@@ -1,4 +1,4 @@
-"""What this package prints while a run starts or refuses to: one prefix, and one process of each node speaks."""
+"""Messages and errors of a run, with one prefix and from one process of each node."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def say(message: str) -> None:
 
 
 def warn(message: str) -> None:
-    """As `say`, for what the user should change."""
+    """Prints a warning, as `say` does."""
     say(f"warning: {message}")
 
 
@@ -53,12 +53,12 @@ def stop(error: BaseException) -> None:
     if os.environ.get(TRACEBACK_VARIABLE) == "1":
         return
     text = " ".join(str(error).split("\n"))
-    if _is_first_to_tell(text):
+    if _is_first(text):
         print(f"{PREFIX}error: {text} ({TRACEBACK_VARIABLE}=1 shows where)", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
-def _is_first_to_tell(text: str) -> bool:
+def _is_first(text: str) -> bool:
     """Whether no other process of this node has an error of this text."""
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if error_file is None:
