@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from megatron_muon.config import MuonConfig
+from megatron_muon.megatron.entry import agreement
 from megatron_muon.megatron.entry.agreement import MEGATRON_SETTINGS, differences, settings_of
 from tests.distributed import run_ranks
 from tests.models import Layout, initialize, make_chunks, optimizer_config, wrap
@@ -127,3 +129,20 @@ def test_one_rank_without_muon_and_one_with() -> None:
     assert differences([settings_of(MuonConfig()), settings_of(None)]) == [
         "distributed_muon: on on rank 0; off on rank 1"
     ]
+
+
+@pytest.mark.parametrize("agree", [agreement.all_or_none, agreement.from_first])
+@pytest.mark.parametrize(
+    ("work", "error", "message"),
+    [
+        (lambda: json.loads("{"), ValueError, "Expecting property name enclosed in double quotes"),
+        (lambda: Path("nowhere").read_bytes(), OSError, r"\[Errno 2\] No such file or directory: 'nowhere'"),
+        (lambda: b"\xff".decode(), ValueError, "invalid start byte"),
+    ],
+    ids=["json", "file", "text"],
+)
+def test_an_error_of_one_process_is_its_own(agree: Any, work: Any, error: type[Exception], message: str) -> None:
+    """Errors that cannot be made from their message alone keep the message, as the class that ranks can make."""
+    with pytest.raises(error, match=message) as raised:
+        agree(work)
+    assert type(raised.value) is error

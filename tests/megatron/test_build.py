@@ -174,7 +174,7 @@ def mimo(rank: int, world_size: int) -> None:
 
 
 def one_rank_fails(rank: int, world_size: int) -> list[str]:
-    from megatron_muon.megatron.entry.agreement import all_or_none
+    from megatron_muon.megatron.entry.agreement import all_or_none, from_first
 
     def work(problem: Exception | None) -> int:
         if problem is not None:
@@ -187,11 +187,16 @@ def one_rank_fails(rank: int, world_size: int) -> list[str]:
             said.append(str(all_or_none(lambda problem=problem: work(problem))))
         except (NotImplementedError, ValueError) as error:
             said.append(f"{type(error).__name__}: {error}")
+    for failing in (0, 1):
+        try:
+            said.append(str(from_first(lambda at=failing: work(OSError("z") if rank == at else None))))
+        except OSError as error:
+            said.append(f"{type(error).__name__}: {error}")
     return said
 
 
 def test_an_error_of_one_rank_is_raised_on_all() -> None:
-    expected = ["[0, 1, 2]", "NotImplementedError: x (on global rank 1)", "ValueError: y"]
+    expected = ["[0, 1, 2]", "NotImplementedError: x (on global rank 1)", "ValueError: y", "OSError: z", "0"]
     assert run_ranks(one_rank_fails, 3) == [expected] * 3
 
 
