@@ -53,7 +53,7 @@ def load(original: Callable[..., Any], *args: Any, **kw: Any) -> Any:
     # Without this check of Megatron's a load is not collective, and single ranks may read what they like.
     collective = given["validate_access_integrity"]
     if config is not None and config.verify_checkpoint and collective and not is_remote():
-        directory, group = Path(given["checkpoint_dir"]), given["process_group"]
+        directory, group = Path(given["checkpoint_dir"]), given.get("process_group")
         found = _verify_once(directory, group)
         forget_checked()
         if found is None:
