@@ -7,24 +7,17 @@ Sources: megatron-core 0.19.2 (`training/arguments.py`, `transformer/moe/moe_uti
 `transformer/multi_latent_attention.py`); Transformers 5.24 (`models/*/configuration_*.py`, `modeling_*.py`).
 """
 
+# More than 400 lines: tables of settings, each with its use beside it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_muon.checkpoints.huggingface.names import Architecture, Heads
 
 Settings = dict[str, Any]
 # Setting or field -> the values that a model may have; the first is written on the other side.
 Allowed = Mapping[str, tuple[Any, ...]]
-
-
-class Field(NamedTuple):
-    """A number that both sides have: Megatron's setting, config.json's field, its default where it may be missing."""
-
-    setting: str
-    field: str
-    default: Any = ...
 
 
 _CLASSES: Mapping[Architecture, str] = {
@@ -38,32 +31,33 @@ _MODEL_TYPES: Mapping[str, Architecture] = {**{name: name for name in _CLASSES},
 # Transformers' DeepseekV3RMSNorm of compressed queries, keys and values has this epsilon whatever `rms_norm_eps` says.
 LATENT_EPSILON = 1e-6
 
-_FIELDS = (
-    Field("num_layers", "num_hidden_layers"),
-    Field("hidden_size", "hidden_size"),
-    Field("ffn_hidden_size", "intermediate_size"),
-    Field("num_attention_heads", "num_attention_heads"),
-    Field("max_position_embeddings", "max_position_embeddings"),
-    Field("init_method_std", "initializer_range", 0.02),
-    Field("layernorm_epsilon", "rms_norm_eps"),
-)
-_EXPERT_FIELDS = (
-    Field("moe_ffn_hidden_size", "moe_intermediate_size"),
-    Field("moe_router_topk", "num_experts_per_tok"),
-)
-_FIELDS_OF: Mapping[Architecture, tuple[Field, ...]] = {
+# Megatron's setting -> config.json's field with the same value.
+_FIELDS = {
+    "num_layers": "num_hidden_layers",
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "max_position_embeddings": "max_position_embeddings",
+    "init_method_std": "initializer_range",
+    "layernorm_epsilon": "rms_norm_eps",
+}
+_EXPERT_FIELDS = {**_FIELDS, "moe_ffn_hidden_size": "moe_intermediate_size", "moe_router_topk": "num_experts_per_tok"}
+_FIELDS_OF: Mapping[Architecture, Mapping[str, str]] = {
     "llama": _FIELDS,
     "qwen3": _FIELDS,
-    "qwen3_moe": (*_FIELDS, *_EXPERT_FIELDS, Field("num_experts", "num_experts")),
-    "deepseek_v3": (
-        *(*_FIELDS, *_EXPERT_FIELDS, Field("num_experts", "n_routed_experts")),
-        Field("q_lora_rank", "q_lora_rank", None),
-        Field("kv_lora_rank", "kv_lora_rank"),
-        Field("qk_head_dim", "qk_nope_head_dim"),
-        Field("qk_pos_emb_head_dim", "qk_rope_head_dim"),
-        Field("v_head_dim", "v_head_dim"),
-    ),
+    "qwen3_moe": {**_EXPERT_FIELDS, "num_experts": "num_experts"},
+    "deepseek_v3": {
+        **_EXPERT_FIELDS,
+        "num_experts": "n_routed_experts",
+        "q_lora_rank": "q_lora_rank",
+        "kv_lora_rank": "kv_lora_rank",
+        "qk_head_dim": "qk_nope_head_dim",
+        "qk_pos_emb_head_dim": "qk_rope_head_dim",
+        "v_head_dim": "v_head_dim",
+    },
 }
+# Fields that a config.json may leave out.
+_DEFAULTS: Mapping[str, Any] = {"initializer_range": 0.02, "q_lora_rank": None}
 
 # Megatron's settings that a model of any architecture must have.
 _REQUIRED: Allowed = {
@@ -99,7 +93,7 @@ _REQUIRED: Allowed = {
     "moe_router_force_load_balancing": (False,),
     "mla_down_proj_fusion": (False,),
 }
-# Those of `_REQUIRED` that differ from Megatron's defaults or that an import states all the same.
+# Those of `_REQUIRED` that an import writes; the others are Megatron's defaults.
 _STATED = ("normalization", "swiglu", "add_bias_linear", "position_embedding_type", "rotary_percent")
 _REQUIRED_OF: Mapping[Architecture, Allowed] = {
     "llama": {"qk_layernorm": (False, None)},
@@ -128,19 +122,19 @@ _REQUIRED_FIELDS: Allowed = {
     "num_nextn_predict_layers": (0, None),
     "quantization_config": (None,),
 }
-# Further ones of an architecture. Those of latent attention are read by vLLM and SGLang alone: without `topk_method`
-# vLLM ignores the routers' biases.
-_REQUIRED_FIELDS_OF: Mapping[Architecture, Allowed] = {
-    "llama": {"mlp_bias": (False, None)},
-    "qwen3": {"use_sliding_window": (False, None)},
-    "qwen3_moe": {"use_sliding_window": (False, None)},
-    "deepseek_v3": {
-        "num_nextn_predict_layers": (0, None),
-        "scoring_func": ("sigmoid",),
-        "topk_method": ("noaux_tc",),
-        "moe_layer_freq": (1,),
-        "rope_interleave": (True,),
-    },
+# Those of latent attention are read by vLLM and SGLang alone: without `topk_method` vLLM ignores the routers' biases.
+_LATENT_FIELDS: Allowed = {
+    "scoring_func": ("sigmoid",),
+    "topk_method": ("noaux_tc",),
+    "moe_layer_freq": (1,),
+    "rope_interleave": (True,),
+}
+# Those of both that an export writes, beside `hidden_act` and `attention_bias`.
+_WRITTEN: Mapping[Architecture, tuple[str, ...]] = {
+    "llama": ("mlp_bias",),
+    "qwen3": ("use_sliding_window",),
+    "qwen3_moe": ("use_sliding_window",),
+    "deepseek_v3": ("num_nextn_predict_layers", *_LATENT_FIELDS),
 }
 # YaRN's numbers for which Megatron has no flag: its own, which are DeepSeek-V3's. K2 has others.
 _YARN: Mapping[str, float] = {"original_max_position_embeddings": 4096, "beta_fast": 32.0, "beta_slow": 1.0}
@@ -252,20 +246,19 @@ def config_of(
     if architecture == "deepseek_v3" and args.rope_type == "yarn":
         scaling = {name: float(getattr(args, setting)) for name, setting in _ROPE.items()} | dict(_YARN)
         rope = {**rope, "rope_type": "yarn", **scaling}
-    heads = heads_of(args)
+    heads, required = heads_of(args), {**_REQUIRED_FIELDS, **_LATENT_FIELDS}
     out: Settings = {
         "architectures": [_CLASSES[architecture]],
         "model_type": architecture,
         "vocab_size": vocab_size,
-        **{field: getattr(args, setting) for setting, field, _ in _FIELDS_OF[architecture]},
+        **{field: getattr(args, setting) for setting, field in _FIELDS_OF[architecture].items()},
         "num_key_value_heads": heads.groups if heads else args.num_attention_heads,
         "tie_word_embeddings": not args.untie_embeddings_and_output_weights,
         # Transformers 4 reads the first, 5 the second.
         "rope_theta": theta,
         "rope_parameters": rope,
         "rope_scaling": scaling and {"type": "yarn", **scaling},
-        **{name: _REQUIRED_FIELDS[name][0] for name in ("hidden_act", "attention_bias")},
-        **{name: allowed[0] for name, allowed in _REQUIRED_FIELDS_OF[architecture].items()},
+        **{name: required[name][0] for name in ("hidden_act", "attention_bias", *_WRITTEN[architecture])},
         "attention_dropout": 0.0,
         "use_cache": True,
         "bos_token_id": bos,
@@ -316,7 +309,7 @@ def settings_of(config: Mapping[str, Any]) -> Settings:
 
 def _settings(architecture: Architecture, config: Mapping[str, Any]) -> Settings:
     latent = architecture == "deepseek_v3"
-    for name, allowed in {**_REQUIRED_FIELDS, **_REQUIRED_FIELDS_OF[architecture]}.items():
+    for name, allowed in {**_REQUIRED_FIELDS, **(_LATENT_FIELDS if latent else {})}.items():
         if name in config and config[name] not in allowed:
             raise ValueError(
                 f"config.json: {name}: got {config[name]!r}, expected {allowed[0]!r}; Megatron's "
@@ -342,7 +335,7 @@ def _settings(architecture: Architecture, config: Mapping[str, Any]) -> Settings
         raise ValueError(f"config.json: num_key_value_heads: got {groups}, expected {heads} with latent attention")
     out: Settings = {
         "num_experts": None,
-        **{setting: _value(config, field, default) for setting, field, default in _FIELDS_OF[architecture]},
+        **{setting: {**_DEFAULTS, **config}[field] for setting, field in _FIELDS_OF[architecture].items()},
         "vocab_size": config["vocab_size"],
         "padded_vocab_size": config["vocab_size"],
         **{name: _REQUIRED[name][0] for name in _STATED},
@@ -360,10 +353,6 @@ def _settings(architecture: Architecture, config: Mapping[str, Any]) -> Settings
     if out["num_experts"]:
         out |= {"moe_router_dtype": "fp32"} | (_latent_settings if latent else _softmax_settings)(config, rope)
     return out
-
-
-def _value(config: Mapping[str, Any], field: str, default: Any) -> Any:
-    return config[field] if default is ... else config.get(field, default)
 
 
 def _softmax_settings(config: Mapping[str, Any], rope: Mapping[str, Any]) -> Settings:
