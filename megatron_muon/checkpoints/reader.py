@@ -228,7 +228,7 @@ class Checkpoint:
         path = self.directory / relative
         if not path.resolve().is_relative_to(self._root):
             raise ValueError(
-                f"{self.directory / METADATA}: {index.fqn}: got the file {relative!r}, expected one inside the "
+                f"{self.directory / METADATA}: {index.fqn}: got the file {relative!r}, expected a file inside the "
                 "checkpoint; do not use a checkpoint from this source"
             )
         return path
