@@ -288,9 +288,9 @@ class Metrics:
 
     @staticmethod
     def attach(optimizer: ShardedMuon, muon: MuonConfig) -> None:
-        from megatron_muon.observe.step_metrics import Recorder
+        from megatron_muon.observe.step_metrics import MetricsRecorder
 
-        optimizer.observer = Recorder(muon, {}, optimizer.exchange)
+        optimizer.observer = MetricsRecorder(muon, {}, optimizer.exchange)
 
 
 def measure(name: str, muon: MuonConfig, *, log: bool) -> dict[str, Any]:

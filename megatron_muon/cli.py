@@ -8,13 +8,13 @@ from typing import Any
 
 from megatron_muon.checkpoints import command as checkpoints
 from megatron_muon.checkpoints.huggingface import command as huggingface
-from megatron_muon.estimate import command as plan
-from megatron_muon.profile import report_command as report
+from megatron_muon.estimate.command import add_plan_parser
+from megatron_muon.profile.report_command import add_report_parser
 
-# Each adds its parser, whose default `run` is its action. They import torch only when run.
+# Each adds a parser with a default `run`, its action. What an action needs is imported only when it runs.
 SUBCOMMANDS: tuple[Callable[[Any], argparse.ArgumentParser], ...] = (
-    plan.add_parser,
-    report.add_parser,
+    add_plan_parser,
+    add_report_parser,
     checkpoints.add_inspect_parser,
     checkpoints.add_convert_parser,
     huggingface.add_export_parser,

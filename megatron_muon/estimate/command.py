@@ -13,11 +13,9 @@ from megatron_muon.estimate.models import BUILT_IN
 if TYPE_CHECKING:
     from megatron_muon.estimate.estimates import ModelEstimate
 
-NAME = "plan"
 
-
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Adds the `plan` subcommand; `run` is its action.
+def add_plan_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Adds the `plan` subcommand.
 
     Args:
         subparsers: What `ArgumentParser.add_subparsers` returned.
@@ -26,7 +24,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         The subcommand's parser.
     """
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        NAME,
+        "plan",
         help="Newton-Schulz balance, bytes and memory of a model under a layout, beside upstream's",
         description=(
             "Estimates, for each pipeline stage, what Distributed Muon asks of a rank under a parallel layout, and the "
@@ -38,12 +36,15 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         help=f"built-in model ({', '.join(BUILT_IN)}), a Hugging Face config.json, or a YAML of shapes",
     )
     layout = parser.add_argument_group("layout")
-    layout.add_argument("--dp", type=int, default=1, help="data-parallel times context-parallel size (default 1)")
-    layout.add_argument("--tp", type=int, default=1, help="tensor-parallel size (default 1)")
-    layout.add_argument("--pp", type=int, default=1, help="pipeline-parallel size (default 1)")
-    layout.add_argument("--ep", type=int, default=1, help="expert-parallel size (default 1)")
+    for flag, what in (
+        ("--dp", "data-parallel times context-parallel size"),
+        ("--tp", "tensor-parallel size"),
+        ("--pp", "pipeline-parallel size"),
+        ("--ep", "expert-parallel size"),
+        ("--instances", "distributed-optimizer instances"),
+    ):
+        layout.add_argument(flag, type=int, default=1, help=f"{what} (default 1)")
     layout.add_argument("--etp", type=int, default=None, help="expert-tensor-parallel size (default: --tp)")
-    layout.add_argument("--instances", type=int, default=1, help="distributed-optimizer instances (default 1)")
     layout.add_argument(
         "--layers-per-stage", metavar="N,N,...", default=None, help="default: as even as possible, longer stages first"
     )
@@ -64,19 +65,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print JSON instead of tables")
     output.add_argument("--plot", type=Path, metavar="plan.png", help="draw the load of each rank, before and after")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=_run)
     return parser
 
 
-def run(args: argparse.Namespace) -> int:
-    """Runs the subcommand.
-
-    Args:
-        args: As `add_parser`'s parser returns them.
-
-    Returns:
-        The process's exit code: 0, or 2 if the input is bad; then the message is on standard error.
-    """
+def _run(args: argparse.Namespace) -> int:
+    """Returns 0, or 2 with a message on standard error if the input is invalid."""
     try:
         plan = _plan(args)
         if args.plot is not None:
@@ -84,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
 
             plot_load(plan, args.plot)
     except (ValueError, NotImplementedError) as error:
-        print(f"megatron_muon {NAME}: {error}", file=sys.stderr)
+        print(f"megatron_muon plan: {error}", file=sys.stderr)
         return 2
     _print(plan, as_json=args.json)
     if args.plot is not None:

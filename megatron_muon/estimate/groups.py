@@ -40,9 +40,8 @@ class PlanSettings:
         bucket_size: Megatron's `--ddp-bucket-size`, in elements; None takes its rule.
         grad_bytes: Bytes of a gradient element on the wire and in its buffer: 4, or 2 with `--grad-reduce-in-bf16`.
         links: Measured figures; None: data sheets for predictions and conservative defaults for the planner.
-        device_type: `torch.device.type` of the ranks.
         gpus_per_node: Consecutive global ranks that share a node.
-        cost: Rates by which the planner decides which ranks share a matrix; None: from `device_type` and `links`.
+        cost: Rates by which the planner decides which ranks share a matrix; None: of GPUs, on `links`.
 
     Raises:
         ValueError: If a value is invalid.
@@ -54,7 +53,6 @@ class PlanSettings:
     bucket_size: int | None = None
     grad_bytes: int = 4
     links: MeasuredLinks | None = None
-    device_type: str = "cuda"
     gpus_per_node: int = GPUS_PER_NODE
     cost: CostModel | None = None
 
@@ -69,7 +67,7 @@ class PlanSettings:
     @property
     def rates(self) -> CostModel:
         """The planner's rates."""
-        return self.cost or CostModel.for_device(self.device_type, self.links)
+        return self.cost or CostModel.for_device("cuda", self.links)
 
     @property
     def buffer_bytes(self) -> int:

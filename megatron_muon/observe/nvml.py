@@ -1,14 +1,14 @@
 """Power, clocks and throttling of a GPU, read through NVML before and after a profiled step.
 
 Everything works without a driver, without the package nvidia-ml-py, and with devices that lack a value: what cannot be
-read is None. Counters of links are left to `nvidia-smi nvlink` and DCGM.
+read is left out. Counters of links are left to `nvidia-smi nvlink` and DCGM.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -27,23 +27,10 @@ THROTTLE_REASONS: Mapping[int, str] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True)
-class Sample:
-    """What NVML reports of a device at one time.
-
-    Attributes:
-        time_ns: Time on the monotonic clock.
-        power_mw: Power in milliwatts.
-        energy_mj: Energy since the driver was loaded, in millijoules.
-        sm_clock_mhz: Clock of the multiprocessors.
-        throttle_reasons: Bits of `THROTTLE_REASONS`.
-    """
-
-    time_ns: int
-    power_mw: int | None = None
-    energy_mj: int | None = None
-    sm_clock_mhz: int | None = None
-    throttle_reasons: int | None = None
+Sample = Mapping[str, int]
+"""What NVML reports of a device at one time: `time_ns` on the monotonic clock, and what the device has of `power_mw`,
+`energy_mj` since the driver was loaded, `sm_clock_mhz`, and `throttle_reasons` as bits of `THROTTLE_REASONS`.
+"""
 
 
 def throttle_names(reasons: int) -> tuple[str, ...]:
@@ -62,15 +49,16 @@ def between(before: Sample, after: Sample) -> tuple[dict[str, float], tuple[str,
     """
 
     def both(name: str) -> list[int]:
-        return [value for value in (getattr(before, name), getattr(after, name)) if value is not None]
+        return [sample[name] for sample in (before, after) if name in sample]
 
     numbers: dict[str, float] = {}
     if powers := both("power_mw"):
         numbers["power_w"] = sum(powers) / len(powers) / 1e3
     energies = both("energy_mj")
     # An energy that fell was reset.
-    if len(energies) == 2 and energies[1] > energies[0] and after.time_ns > before.time_ns:
-        numbers["power_w"] = 1e6 * (energies[1] - energies[0]) / (after.time_ns - before.time_ns)
+    passed_ns = after["time_ns"] - before["time_ns"]
+    if len(energies) == 2 and energies[1] > energies[0] and passed_ns > 0:
+        numbers["power_w"] = 1e6 * (energies[1] - energies[0]) / passed_ns
     if clocks := both("sm_clock_mhz"):
         numbers["sm_clock_mhz"] = min(clocks)
     reasons = 0
@@ -87,21 +75,17 @@ class NvmlDevice:
 
     def sample(self) -> Sample:
         """Reads everything, in a few calls of the driver. Never raises for what the device lacks."""
-        return Sample(
-            time.monotonic_ns(),
-            power_mw=self._ask("nvmlDeviceGetPowerUsage"),
-            energy_mj=self._ask("nvmlDeviceGetTotalEnergyConsumption"),
-            sm_clock_mhz=self._ask("nvmlDeviceGetClockInfo", self._nvml.NVML_CLOCK_SM),
-            throttle_reasons=self._ask("nvmlDeviceGetCurrentClocksEventReasons"),
-        )
-
-    def _ask(self, function: str, *args: Any) -> int | None:
-        """What a function returns; None if nvidia-ml-py, the driver or the device does not have it."""
-        call = getattr(self._nvml, function, None)
-        try:
-            return None if call is None else int(call(self._handle, *args))
-        except self._nvml.NVMLError:
-            return None
+        found = {"time_ns": time.monotonic_ns()}
+        for name, function, *args in (
+            ("power_mw", "nvmlDeviceGetPowerUsage"),
+            ("energy_mj", "nvmlDeviceGetTotalEnergyConsumption"),
+            ("sm_clock_mhz", "nvmlDeviceGetClockInfo", self._nvml.NVML_CLOCK_SM),
+            ("throttle_reasons", "nvmlDeviceGetCurrentClocksEventReasons"),
+        ):
+            # nvidia-ml-py, the driver or the device may not have it.
+            with contextlib.suppress(AttributeError, self._nvml.NVMLError):
+                found[name] = int(getattr(self._nvml, function)(self._handle, *args))
+        return found
 
 
 def open_device(uuid_or_index: str | int) -> tuple[NvmlDevice | None, str]:

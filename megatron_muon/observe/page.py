@@ -46,7 +46,7 @@ def details(summary: str, *content: str) -> str:
     return f"<details><summary>{text(summary)}</summary>{''.join(content)}</details>"
 
 
-def table(
+def html_table(
     columns: Sequence[str],
     rows: Sequence[Sequence[object]],
     *,

@@ -1,7 +1,7 @@
 """What a logged step measures on this rank.
 
-A `Recorder` observes one step of a `ShardedMuon`. It keeps sums on the device and turns them into numbers once the step
-is over. A rank's numbers are its shares of sums over all ranks, which `combine` adds up. The work of measuring is a
+A `MetricsRecorder` observes one step of a `ShardedMuon`. It keeps sums on the device and turns them into numbers once
+the step is over. A rank's numbers are its shares of sums over all ranks, which `combine` adds up. The work of measuring is a
 phase of its own, `metrics`, so that a profile of the same step does not count it as Muon's.
 """
 
@@ -27,7 +27,7 @@ Sums = dict[str, dict[str, float]]
 
 
 @dataclass
-class Recorder:
+class MetricsRecorder:
     """Collects one step's numbers.
 
     Attributes:

@@ -26,8 +26,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-FORMAT = "megatron_muon_links"
-VERSION = 1
+LINKS_FORMAT = "megatron_muon_links"
+LINKS_VERSION = 1
 _KEYS = ("format", "version", "source", "intra_node", "inter_node", "launch_us")
 _LINK_KEYS = ("bandwidth_gb_per_s", "latency_us")
 
@@ -63,7 +63,7 @@ class MeasuredLinks:
 
     def to_json(self) -> dict[str, Any]:
         """The object that `load_links` reads."""
-        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+        return {"format": LINKS_FORMAT, "version": LINKS_VERSION, **asdict(self)}
 
 
 def load_links(path: str | Path, flag: str = "--muon-links") -> MeasuredLinks:
@@ -86,14 +86,14 @@ def load_links(path: str | Path, flag: str = "--muon-links") -> MeasuredLinks:
         ) from error
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: got a file that is not valid JSON, expected measured links: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or content.get("format") != LINKS_FORMAT:
         raise ValueError(
-            f'{where}: got a file without "format": "{FORMAT}", expected one that `python -m megatron_muon.profile '
-            "links --json FILE` wrote"
+            f'{where}: got a file without "format": "{LINKS_FORMAT}", expected one that '
+            "`python -m megatron_muon.profile links --json FILE` wrote"
         )
-    if content.get("version") != VERSION:
+    if content.get("version") != LINKS_VERSION:
         raise ValueError(
-            f"{where}: version: got {content.get('version')!r}, expected {VERSION}; measure the links again"
+            f"{where}: version: got {content.get('version')!r}, expected {LINKS_VERSION}; measure the links again"
         )
     _check_keys(where, content, _KEYS)
     source = content["source"]

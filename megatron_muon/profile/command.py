@@ -24,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m megatron_muon.profile", description="Bandwidth of links and runs.")
     subparsers = parser.add_subparsers(title="subcommands", required=True, metavar="SUBCOMMAND")
     _add_links_parser(subparsers)
-    report_command.add_parser(subparsers)
-    inspector.add_parser(subparsers)
+    report_command.add_report_parser(subparsers)
+    inspector.add_inspector_parser(subparsers)
     args = parser.parse_args(argv)
     return int(args.run(args))
 

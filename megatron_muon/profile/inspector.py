@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -19,7 +19,7 @@ from typing import Any
 KNOWN_VERSIONS = ("v4.0",)
 
 
-def add_parser(subparsers: Any) -> None:
+def add_inspector_parser(subparsers: Any) -> None:
     """Adds the subcommand `inspector`."""
     parser = subparsers.add_parser(
         "inspector", help="bandwidths and late ranks from NCCL Inspector's files", description=__doc__.splitlines()[0]
@@ -32,7 +32,7 @@ def _run(args: argparse.Namespace) -> int:
     """Returns 0; 1 if a file is damaged; 2 if there is nothing to read. Messages are on standard error."""
     from megatron_muon.observe.console import console, print_list, printable
 
-    records: list[Record] = []
+    records: list[InspectorRecord] = []
     notes: list[str] = []
     problems: list[str] = []
     for path in sorted(p for p in args.directory.rglob("*") if p.is_file()):
@@ -60,7 +60,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 @dataclass(frozen=True)
-class Record:
+class InspectorRecord:
     """A collective as one rank recorded it.
 
     Attributes:
@@ -88,7 +88,22 @@ class Record:
     busbw_gbps: float
 
 
-def load_records(path: Path) -> tuple[list[Record], list[str]]:
+# Of `InspectorRecord`, in its order: group and key in a file, and the type.
+_FIELDS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
+    ("header", "id", str),
+    ("header", "rank", int),
+    ("header", "n_ranks", int),
+    ("header", "nnodes", int),
+    ("metadata", "hostname", str),
+    ("coll_perf", "coll", str),
+    ("coll_perf", "coll_sn", int),
+    ("coll_perf", "coll_msg_size_bytes", int),
+    ("coll_perf", "coll_exec_time_us", float),
+    ("coll_perf", "coll_busbw_gbs", float),
+)
+
+
+def load_records(path: Path) -> tuple[list[InspectorRecord], list[str]]:
     """Reads a file; a last line that was cut off is left out.
 
     Returns:
@@ -108,20 +123,8 @@ def load_records(path: Path) -> tuple[list[Record], list[str]]:
                 continue
             try:
                 record = json.loads(line)
-                header, metadata, performance = record["header"], record["metadata"], record["coll_perf"]
-                made = Record(
-                    communicator=str(header["id"]),
-                    rank=int(header["rank"]),
-                    num_ranks=int(header["n_ranks"]),
-                    num_nodes=int(header["nnodes"]),
-                    host=str(metadata["hostname"]),
-                    collective=str(performance["coll"]),
-                    sequence=int(performance["coll_sn"]),
-                    size_bytes=int(performance["coll_msg_size_bytes"]),
-                    time_us=float(performance["coll_exec_time_us"]),
-                    busbw_gbps=float(performance["coll_busbw_gbs"]),
-                )
-                versions.add(str(metadata["inspector_output_format_version"]))
+                made = InspectorRecord(*(kind(record[group][key]) for group, key, kind in _FIELDS))
+                versions.add(str(record["metadata"]["inspector_output_format_version"]))
             except (ValueError, KeyError, TypeError, AttributeError):
                 broken = number
                 continue
@@ -136,11 +139,11 @@ def load_records(path: Path) -> tuple[list[Record], list[str]]:
     return out, notes
 
 
-def summary_table(records: Sequence[Record]) -> Any:
+def summary_table(records: Sequence[InspectorRecord]) -> Any:
     """Medians and the lowest bandwidth by collective, shape of the communicator and size."""
     from megatron_muon.observe.console import table
 
-    alike: dict[tuple[str, int, int, int], list[Record]] = defaultdict(list)
+    alike: dict[tuple[str, int, int, int], list[InspectorRecord]] = defaultdict(list)
     for record in records:
         alike[record.collective, record.num_ranks, record.num_nodes, record.size_bytes].append(record)
     rows = []
@@ -173,9 +176,9 @@ class LateRank:
     waited_us: float
 
 
-def late_ranks(records: Sequence[Record]) -> list[LateRank]:
+def late_ranks(records: Sequence[InspectorRecord]) -> list[LateRank]:
     """For each communicator of which several ranks recorded the same collectives."""
-    matched: dict[str, dict[int, dict[int, Record]]] = defaultdict(lambda: defaultdict(dict))
+    matched: dict[str, dict[int, dict[int, InspectorRecord]]] = defaultdict(lambda: defaultdict(dict))
     for o in records:
         matched[o.communicator][o.sequence][o.rank] = o
     out = []

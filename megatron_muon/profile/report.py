@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_muon.observe.metric_names import by_layer_kind, layer_kind
-from megatron_muon.observe.page import Charts, details, items, page, paragraph, section, table, text
+from megatron_muon.observe.page import Charts, details, html_table, items, page, paragraph, section, text
 from megatron_muon.observe.timing.shown import SHOWN
 from megatron_muon.profile import charts as draw
 from megatron_muon.profile.merge import Merged, shown_spans
@@ -42,7 +42,7 @@ _METRICS: Mapping[str, tuple[str, str]] = {
 }
 _LOGITS = "max_attention_logit"
 
-Section = tuple[str, str, str]
+PageSection = tuple[str, str, str]
 """Anchor, heading and HTML."""
 
 
@@ -134,7 +134,7 @@ Curves = Mapping[str, draw.Points]
 """Label -> points of a line, at least one."""
 
 
-def _curve_sections(runs: Sequence[RunFiles], charts: Charts) -> Iterator[Section]:
+def _curve_sections(runs: Sequence[RunFiles], charts: Charts) -> Iterator[PageSection]:
     """Losses, metrics of matrices, attention logits and ranks, each if there is something to show.
 
     A run alone has a chart with a line for each label; of several runs, each label has a chart with a line for each.
@@ -175,7 +175,7 @@ def _curve_sections(runs: Sequence[RunFiles], charts: Charts) -> Iterator[Sectio
     yield from _section("ranks", "Ranks in logged steps", meaning, _grid(others, charts, height=110))
 
 
-def _section(key: str, heading: str, meaning: str, charts: str, more: str = "") -> Iterator[Section]:
+def _section(key: str, heading: str, meaning: str, charts: str, more: str = "") -> Iterator[PageSection]:
     """A section, unless it has no charts."""
     if charts:
         content = paragraph(meaning) if meaning else ""
@@ -258,7 +258,7 @@ def _extremes(records: Sequence[Mapping[str, Any]], metric: str) -> str:
         (least, _), (most, which) = min(found), max(found)
         rows.append((kind, len(found), f"{least:.4g}", f"{mean:.4g}", f"{most:.4g}", which))
     numbers = ("matrices", "least", "mean", "largest")
-    cells = table(("kind of layer", *numbers, "matrix with the largest"), rows, numbers=numbers)
+    cells = html_table(("kind of layer", *numbers, "matrix with the largest"), rows, numbers=numbers)
     return details(f"Values of step {records[-1]['step']}", cells) if rows else ""
 
 
@@ -272,7 +272,7 @@ def _profile(profile: Merged, step: int | None, charts: Charts) -> Iterator[str]
     summary = median_step(profile.summaries())
     rows = phase_rows(summary, profile.facts)
     yield paragraph(f"{step_title(summary)}. Colors are those of the charts below.")
-    yield table(COLUMNS, list(rows.values()), numbers=NUMBERS, colors=[SHOWN[name].color for name in rows])
+    yield html_table(COLUMNS, list(rows.values()), numbers=NUMBERS, colors=[SHOWN[name].color for name in rows])
     yield items(step_notes(summary))
     shown = _shown_step(profile, step)
     yield f"<h3>Timeline of step {shown}</h3>"
@@ -320,4 +320,4 @@ def _ranks_table(profile: Merged) -> str:
         "rank", "host", "step", "step, ms", "Newton-Schulz, ms", "GFLOP", "sent, bytes", "planned, bytes",
         "teams sent, bytes", "teams planned, bytes",
     )  # fmt: skip
-    return table(columns, rows, numbers=[column for column in columns if column != "host"])
+    return html_table(columns, rows, numbers=[column for column in columns if column != "host"])

@@ -11,11 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-FILE_NAME = "report.html"
+PAGE_NAME = "report.html"
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Adds the subcommand `report`; `run` is its action."""
+def add_report_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Adds the `report` subcommand."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "report",
         help="one HTML page about a run, or several: losses, metrics, where the time goes",
@@ -24,17 +24,17 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="directory of a run; several are compared")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help=f"page to write (default: {FILE_NAME} in the first RUN)"
+        "--out", type=Path, metavar="FILE", help=f"page to write (default: {PAGE_NAME} in the first RUN)"
     )
     parser.add_argument("--step", type=int, metavar="N", help="profiled step to show (default: one of median length)")
     parser.add_argument(
         "--trace", type=Path, metavar="FILE", help="also write all ranks' traces on one clock, for ui.perfetto.dev"
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=_run)
     return parser
 
 
-def run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> int:
     """Runs the subcommand; returns 0, or 2 with a message on standard error if a run or an option does not fit."""
     from megatron_muon.observe.console import console, print_list, progress_bar
     from megatron_muon.profile.report import make_page
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
                 runs.append(read_run(path, name))
             move("drawing", len(names), len(names) + 1)
             content = make_page(runs, step=args.step)
-        out = args.out or runs[0].directory / FILE_NAME
+        out = args.out or runs[0].directory / PAGE_NAME
         out.write_text(content, encoding="utf-8")
         if args.trace is not None:
             if len(runs) != 1 or runs[0].profile is None:

@@ -131,7 +131,12 @@ class StandInGPU:
     def sample(self) -> Sample:
         self.seconds += 1
         hot = 0x41 * self.rank
-        return Sample(self.seconds * 10**9, power_mw=400_000, sm_clock_mhz=1980 - 500 * self.rank, throttle_reasons=hot)
+        return {
+            "time_ns": self.seconds * 10**9,
+            "power_mw": 400_000,
+            "sm_clock_mhz": 1980 - 500 * self.rank,
+            "throttle_reasons": hot,
+        }
 
 
 def count_bytes() -> list[int]:

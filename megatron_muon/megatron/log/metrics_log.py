@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from megatron_muon.config import MuonConfig
 from megatron_muon.observe.metric_names import FILE_NAME, METRICS, by_layer_kind, orthogonality_range
-from megatron_muon.observe.step_metrics import Recorder, combine, summarize_ranks
+from megatron_muon.observe.step_metrics import MetricsRecorder, combine, summarize_ranks
 from megatron_muon.optimizer.observer import UNOBSERVED
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class MetricsLog:
         """Makes the optimizers record their next step."""
         for optimizer in self.optimizers:
             inner = optimizer.optimizer
-            inner.observer = Recorder(self.muon, inner.names, inner.exchange)
+            inner.observer = MetricsRecorder(self.muon, inner.names, inner.exchange)
 
     def finish(self) -> None:
         """Collects, writes and forgets what was recorded. Collective over the world."""
@@ -60,7 +60,7 @@ class MetricsLog:
         for optimizer in self.optimizers:
             inner = optimizer.optimizer
             recorder, inner.observer = inner.observer, UNOBSERVED
-            assert isinstance(recorder, Recorder)
+            assert isinstance(recorder, MetricsRecorder)
             recorder.weights(inner.slices, turn)
             own_sums, own_spent = recorder.finish()
             # Other instances hold the same matrices once more.
