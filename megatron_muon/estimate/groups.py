@@ -170,7 +170,7 @@ def matrix_groups(
     """A stage's dense and expert matrices, in this order; without experts' groups of their own, dense ones alone.
 
     Raises:
-        ValueError: If a matrix does not divide over its tensor-parallel ranks, or there is none of Muon's.
+        ValueError: If a matrix does not divide over its tensor-parallel ranks, or Muon has no matrix in the stage.
     """
     both = zip(stage_specs(layers, layout, settings.muon, settings.impl), grids(layout), strict=True)
     groups = [MatrixGroup(specs, grid, settings, bucket_size) for specs, grid in both if specs]

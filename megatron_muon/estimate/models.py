@@ -1,4 +1,4 @@
-"""Models as lists of matrices: what a plan needs to know of a network, and the built-in ones. No ranks, no torch."""
+"""Models as lists of matrix shapes, and the built-in ones. Without ranks and torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class MatrixShape:
         kind: How it is made of logical matrices.
         router: An MoE router's weight.
         whole_in_te: Transformer Engine's module keeps it whole on every tensor-parallel rank in spite of `tp_dim`.
-        experts: Number of such matrices in the layer, one per routed expert; 0 if it is no expert's.
+        experts: Number of such matrices in the layer, one per routed expert; 0 for other matrices.
     """
 
     name: str

@@ -66,7 +66,7 @@ def _stage_title(plan: ModelEstimate, stage: StageEstimate) -> str:
 
 
 class _Measure(NamedTuple):
-    """A line of the first table: its label, the unit with its factor, and the value; None where there is none."""
+    """A line of the first table: its label, its unit, the unit's size, and the value; None where it does not exist."""
 
     label: str
     unit: str

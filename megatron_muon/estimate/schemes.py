@@ -45,7 +45,8 @@ class SchemeDemand:
         buffer_bytes: Size of the gradient and parameter buffers of Muon's parameters, the same on each rank.
         padding: Padding of the dense and of the expert buffer over their parameters; None where there are none.
         collectives: What the scheme adds to AdamW's collectives, one after the other.
-        busiest: FLOPs of the busiest rank, with what it could compute while its teams talk, as the planner counts it.
+        busiest: FLOPs of the busiest rank, including what it could compute while its teams exchange messages, as
+            the planner counts it.
     """
 
     flops: tuple[float, ...]

@@ -72,7 +72,7 @@ class Layout:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """What a report says of the layout."""
+        """The sizes that reports show."""
         return {
             "ranks": self.num_ranks,
             "dp": self.dp,

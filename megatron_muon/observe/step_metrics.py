@@ -1,8 +1,8 @@
 """What a logged step measures on this rank.
 
 A `MetricsRecorder` observes one step of a `ShardedMuon`. It keeps sums on the device and turns them into numbers once
-the step is over. A rank's numbers are its shares of sums over all ranks, which `combine` adds up. The work of measuring is a
-phase of its own, `metrics`, so that a profile of the same step does not count it as Muon's.
+the step is over. A rank's numbers are its shares of sums over all ranks, which `combine` adds up. The work of
+measuring is a phase of its own, `metrics`, so that a profile of the same step does not count it as Muon's.
 """
 
 from __future__ import annotations

@@ -98,5 +98,5 @@ REACHED: Mapping[str, Reached] = MappingProxyType(
 
 
 def gpu_model_named(device_name: str) -> GpuModel | None:
-    """The machine whose GPU a driver calls by this name, such as "NVIDIA H100 80GB HBM3"; None if it is not known."""
+    """The model of a GPU with this name from the driver, such as "NVIDIA H100 80GB HBM3"; None if it is unknown."""
     return next((machine for machine in GPU_MODELS if machine.name in device_name), None)

@@ -1,4 +1,4 @@
-"""Brings the traces of a run's ranks onto one clock, and says which are missing."""
+"""Puts the traces of a run's ranks onto one clock, and lists the ranks that are missing."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Bandwidth between every two ranks, which shows a slow link or host where collectives only show that there is one.
+"""Bandwidth between every two ranks, which shows where a slow link or host is.
 
-A collective ends on all its ranks together, so that its times tell little about which rank is slow.
+A collective ends on all its ranks together, so that its times only show that something is slow, not which rank.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Pairs:
 
     @property
     def slow_ranks(self) -> tuple[int, ...]:
-        """The ranks with most links below `SUSPICIOUS`; two ranks alone cannot be told apart."""
+        """The ranks with most links below `SUSPICIOUS`; with two ranks alone, neither is named."""
         if len(self.gbps) < 3:
             return ()
         return tuple(rank for rank, ratio in enumerate(self.rank_ratios) if ratio < SUSPICIOUS)

@@ -106,7 +106,7 @@ def make_groups(layout: Layout, kinds: Sequence[GroupKind]) -> list[Groups]:
         kinds: As `choose_kinds` returns them.
 
     Raises:
-        RuntimeError: If Megatron made groups of other sizes than the layout says.
+        RuntimeError: If Megatron's groups do not have the layout's sizes.
     """
     made = _megatron_groups(layout)
     chosen: dict[tuple[tuple[int, ...], ...], list[GroupKind]] = {}

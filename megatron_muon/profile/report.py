@@ -15,7 +15,7 @@ from megatron_muon.profile.merge import Merged, shown_spans
 from megatron_muon.profile.run_files import RunFiles
 from megatron_muon.profile.stands_out import short_name, stands_out
 
-# Metric -> heading, what it says.
+# Metric -> heading, explanation.
 _METRICS: Mapping[str, tuple[str, str]] = {
     "update_rms": (
         "Update RMS",

@@ -131,7 +131,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], str, str, str]] = {
         "--muon-max-team-size 16",
         "send each other 3 MiB a step",
     ),
-    "teams that compute": (dict(teams=50, team_rate=200e12), dict(world_size=32), "teams", "", "more than talk"),
+    "teams that compute": (dict(teams=50, team_rate=200e12), dict(world_size=32), "teams", "", "rather than sending"),
     "param gather": (
         dict(param_gather=50),
         {},

@@ -38,7 +38,7 @@ class Finding:
         share: Mean share of the step's time.
         cause: Explanation by the numbers.
         advice: What would help.
-        flag: Flag to set, with its value; empty where there is none.
+        flag: Flag to set, with its value; empty if no flag helps.
     """
 
     part: str
@@ -140,8 +140,8 @@ def _teams(summary: StepSummary, facts: RunFacts) -> _Cause:
     rate = summary.rates["teams"]
     if rate >= 0.5 * max(summary.rates["newton_schulz"], 1.0):
         cause += f" and compute {arithmetic(rate)} meanwhile"
-        return _Cause(cause, "This is Newton-Schulz more than talk; it falls with more ranks")
-    advice = "Smaller teams talk less and compute more"
+        return _Cause(cause, "This is computing rather than sending; it falls with more ranks")
+    advice = "Smaller teams send less and compute more"
     return _Cause(cause, advice, f"--muon-max-team-size {min(size, facts.world_size) // 2 or 1}")
 
 

@@ -2,7 +2,7 @@
 
 The file is the format's JSON array, one event a line, without the closing bracket, which the format lets a writer
 leave out: what a rank has written when it dies can be opened in https://ui.perfetto.dev as it is. Writing never raises:
-a file that cannot be written is given up, with one line that says why.
+a file that cannot be written is given up, and `TraceFile.problem` has the reason.
 """
 
 from __future__ import annotations
