@@ -15,7 +15,7 @@ setup(
     package_data={"megatron_muon": ["py.typed", "megatron/model/*.yaml"]},
     python_requires=">=3.12",
     # psutil: Megatron-Core's checkpoint writer refuses to save without it, and does not ask for it itself.
-    install_requires=["torch>=2.8", "megatron-core>=0.19.2,<0.20", "psutil>=5.9", "PyYAML>=6", "rich>=13"],
+    install_requires=["torch>=2.8", "megatron-core>=0.18.2,<0.21", "psutil>=5.9", "PyYAML>=6", "rich>=13"],
     extras_require={
         # What the examples need beyond the plugin: plots, fits and TensorBoard's event files.
         "demo": ["matplotlib>=3.8", "scipy>=1.13", "tensorboard>=2.16", "vl-convert-python>=1.9"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from tests.paths import ROOT
 SOURCES = ROOT.parent / "shared" / "sources"
 # Minor version of megatron-core -> the archive of its tree.
 TREES = {"0.18": "megatron-lm-0.18.2", "0.19": "megatron-lm-0.19.0", "0.20": "megatron-lm-0.20-dev-d98e8a6"}
+INSTALLED = importlib.metadata.version("megatron-core")[:4]
 
 
 def unpack(version: str, directory: Path, members: Sequence[str] = ()) -> Path:

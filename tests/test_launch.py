@@ -19,10 +19,10 @@ from megatron_muon import cpu, launch
 from megatron_muon.config import Group, MuonConfig
 from megatron_muon.megatron.entry import active
 from tests.distributed import RankError, run_ranks
+from tests.paths import PRETRAIN_GPT as PRETRAIN
 from tests.paths import ROOT as REPOSITORY
-from tests.paths import TESTS
 from tests.seams import seams_removed_afterwards
-from tests.sources import unpack
+from tests.sources import INSTALLED, unpack
 
 
 @pytest.fixture(autouse=True)
@@ -238,8 +238,6 @@ def test_as_a_command(tmp_path: Path) -> None:
     assert done.stdout.count("--optimizer muon becomes adam") == 1
 
 
-# A script that knows nothing of this package.
-PRETRAIN = str(TESTS / "scripts" / "cpu_pretrain_gpt.py")
 TRAINING = (
     *("--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "4", "--seq-length", "16"),
     *("--max-position-embeddings", "16", "--micro-batch-size", "2", "--global-batch-size", "8", "--train-iters", "3"),
@@ -284,7 +282,7 @@ HYBRID = (
 def test_pretrain_hybrid_trains(tmp_path: Path) -> None:
     """Megatron-LM's own script for HybridModel, with attention, MLP and MoE layers."""
     files = ("pretrain_hybrid.py", "hybrid_builders.py", "model_provider.py")
-    path = str(unpack("0.19", tmp_path, files) / files[0])
+    path = str(unpack(INSTALLED, tmp_path, files) / files[0])
     # HybridModel takes the number of layers from its pattern.
     words = [*TRAINING[2:], *HYBRID]
     words.remove("--bf16")

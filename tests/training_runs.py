@@ -16,9 +16,8 @@ import torch
 
 from tests.checkpoint_runs import STATES, child_processes
 from tests.distributed import run_ranks
-from tests.paths import TESTS
+from tests.paths import PRETRAIN_GPT as SCRIPT
 
-SCRIPT = str(TESTS / "scripts" / "cpu_pretrain_gpt.py")
 # Experts over two ranks and dense parameters sharded over both: two AdamW-like and two Muon-like kinds of buffers.
 MODEL = shlex.split("""
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16

@@ -15,11 +15,11 @@ from .flags import REQUIRED_FLAGS, cpu_arguments
 
 __all__ = ["REQUIRED_FLAGS", "all_patches", "cpu_arguments", "emulate_fp8", "install", "is_installed"]
 
-VERIFIED_MEGATRON_CORE = "0.19.2"
+VERIFIED_MEGATRON_CORE = ("0.18.2", "0.19.2")
 _WHAT = "the CPU backend"
 _REMEDY = (
-    f"it is verified with megatron-core {VERIFIED_MEGATRON_CORE}: pip install megatron-core=={VERIFIED_MEGATRON_CORE}, "
-    "or install a version of megatron_muon that was made for it"
+    f"it is verified with megatron-core {' and '.join(VERIFIED_MEGATRON_CORE)}: pip install "
+    f"megatron-core=={VERIFIED_MEGATRON_CORE[-1]}, or install a version of megatron_muon that was made for it"
 )
 
 # Whether `install` has run in this process; it alone sets it.

@@ -113,9 +113,8 @@ _CORE = (
 _TRAINING = (
     Patch(
         "megatron.training.initialize:_warmup_jit_function",
-        lambda original, tp_size=None: None,
+        lambda original, *args, **kwargs: None,
         "draws from the generator of the initial weights, by an amount that depends on the layout",
-        ("tp_size",),
     ),
     Patch(
         "megatron.training.arguments:is_te_min_version",

@@ -17,9 +17,8 @@ import pytest
 from megatron_muon import cpu
 from tests.checkpoint_runs import child_processes
 from tests.distributed import RankError, run_ranks
-from tests.paths import TESTS
+from tests.paths import PRETRAIN_GPT as SCRIPT
 
-SCRIPT = str(TESTS / "scripts" / "cpu_pretrain_gpt.py")
 COMMON = shlex.split("""
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16
     --micro-batch-size 1 --global-batch-size 4 --lr 1e-2 --lr-decay-style constant --train-iters 4

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
 from megatron_muon.config import MuonConfig
 from tests.distributed import run_ranks
@@ -99,6 +100,8 @@ def single_rank_losses() -> dict[tuple[str, int], list[float]]:
 )
 def test_losses_do_not_depend_on_the_layout(name: str, single_rank_losses: dict[tuple[str, int], list[float]]) -> None:
     model, layout = RUNS[name]
+    if model == "hybrid mla" and not hasattr(Symbols, "MLA"):
+        pytest.skip("megatron-core 0.18 has no layers of latent attention in its HybridModel")
     expected = single_rank_losses[model.removeprefix("hybrid "), max(2, layout.pp * (layout.vpp or 1))]
     # Five steps must do something: the first and the last see the same batch.
     assert expected[-1] < expected[0] - 0.1

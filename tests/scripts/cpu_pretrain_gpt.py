@@ -14,8 +14,6 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.core.enums import ModelType
 from megatron.training import get_args, get_tokenizer, pretrain
-from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
-from megatron.training.arguments import parse_and_validate_args
 
 Batch = dict[str, torch.Tensor]
 
@@ -55,6 +53,9 @@ def forward_step(data_iterator: Iterator[Batch], model: torch.nn.Module) -> tupl
 
 
 if __name__ == "__main__":
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
     parsed = parse_and_validate_args()
     config = pretrain_cfg_container_from_args(parsed, gpt_config_from_args(parsed))
     pretrain(config, datasets_provider, ModelType.encoder_or_decoder, forward_step)

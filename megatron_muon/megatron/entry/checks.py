@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.optimizer import OptimizerConfig
 
-SUPPORTED_VERSIONS = ">=0.19,<0.20"
+SUPPORTED_VERSIONS = ">=0.18.2,<0.21"
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     check_checkpoint_step(args, legacy=args.ckpt_format == "torch")
     tensor_parallel = args.tensor_model_parallel_size
     for kind, ranks in (("", tensor_parallel), ("expert_", args.expert_tensor_parallel_size or tensor_parallel)):
-        shards = getattr(args, f"{kind}tensor_parallel_num_weight_shards")
+        shards = getattr(args, f"{kind}tensor_parallel_num_weight_shards", None)  # 0.18 has neither
         if shards is not None and shards > ranks:
             raise NotImplementedError(
                 f"{flag_of(kind)}tensor-parallel-num-weight-shards: got {shards}, expected at most the tensor-parallel "
@@ -247,11 +247,15 @@ def check_megatron_version() -> str:
     """
     from megatron.core.package_info import __version__ as version
     from packaging.specifiers import SpecifierSet
+    from packaging.version import Version
 
     if not SpecifierSet(SUPPORTED_VERSIONS).contains(version, prereleases=True):
+        why = "which megatron_muon's seams were made for"
+        if Version(version) < Version("0.18"):
+            why = "since older ones have no buffers for the parameters of another optimizer, which momentum lies beside"
         raise RuntimeError(
-            f"megatron-core: got {version}, expected {SUPPORTED_VERSIONS}, which megatron_muon's seams were made for; "
-            f"pip install 'megatron-core{SUPPORTED_VERSIONS}', or check out a Megatron-LM of that version"
+            f"megatron-core: got {version}, expected {SUPPORTED_VERSIONS}, {why}; pip install "
+            f"'megatron-core{SUPPORTED_VERSIONS}', or check out a Megatron-LM of that version"
         )
     return str(version)
 

@@ -124,8 +124,9 @@ def _resolve(patch: Patch) -> tuple[Any, str, Any]:
         raise _MismatchError(f"{patch.target}: there is no module {error.name}") from error
     *parents, name = path.split(".")
     for parent in parents:
-        owner = getattr(owner, parent, None)
-    original: Any = getattr(owner, name, _INHERITED)
+        owner = getattr(owner, parent, _INHERITED)
+    # A missing class is an object too, and has what every object has.
+    original: Any = _INHERITED if owner is _INHERITED else getattr(owner, name, _INHERITED)
     if original is _INHERITED:
         raise _MismatchError(f"{patch.target}: there is no {path} in {module_name}")
     if patch.parameters:

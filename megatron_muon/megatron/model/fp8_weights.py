@@ -16,12 +16,16 @@ mxfp8 has scales in two directions and gathers bf16 in the place of the gradient
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from megatron.core import fp8_utils
 from megatron.core.fp4_utils import is_nvfp4tensor
-from megatron.core.fp8_utils import is_float8tensor, is_grouped_tensor
+from megatron.core.fp8_utils import is_float8tensor
 from torch import nn
+
+# megatron-core 0.18 knows no parameter that holds the matrices of all experts.
+is_grouped_tensor: Callable[[nn.Parameter], bool] = getattr(fp8_utils, "is_grouped_tensor", lambda parameter: False)
 
 
 def check_kinds(tagged: Iterable[tuple[str, nn.Parameter, bool]]) -> None:

@@ -15,7 +15,6 @@ from dataclasses import replace
 from typing import Any
 
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
@@ -25,9 +24,14 @@ class LatentAttention(MLASelfAttention):
     """`MLASelfAttention` in which queries have a norm only if they are compressed."""
 
     def _resolve_qk_norm_config(self, submodules: Any) -> Any:
-        """Which modules the norms and the projections after them are; called while the attention is built."""
+        """Which modules the norms and the projections after them are; called while the attention is built.
+
+        megatron-core 0.18 does not call it: its layers have no norm on queries that are not compressed.
+        """
         if self.config.q_lora_rank is not None or not self.config.qk_layernorm:
             return super()._resolve_qk_norm_config(submodules)
+        from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver
+
         resolver = QKNormConfigResolver(self.config, submodules)
         norm = submodules.kv_layernorm or IdentityOp
         # Without a norm of its own, as in Transformer Engine's layers, it is fused with the projection after it.

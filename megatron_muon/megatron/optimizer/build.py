@@ -192,7 +192,7 @@ def _families(groups: Mapping[str, Any], parallel: ProcessGroupCollection) -> tu
             getattr(parallel, "expt_tp", parallel.tp),
             groups["intra_expt_dp_group"],
             groups["intra_expt_dp_group_gloo"],
-            groups["expt_tp_pp_with_egtp_remat_group"],
+            groups.get("expt_tp_pp_with_egtp_remat_group", groups.get("expt_tp_pp_group")),
         ),
     )
 

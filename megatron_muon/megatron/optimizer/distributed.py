@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.optimizer import distrib_optimizer
 from torch import nn
 
 from megatron_muon.config import MuonConfig
@@ -48,6 +50,17 @@ def plan_options(muon: MuonConfig, grid: ProcessGrid) -> PlanOptions:
     return PlanOptions.from_config(muon, CostModel.for_device(_device().type, links), grid.node_of)
 
 
+@contextmanager
+def _any_optimizer_accepted() -> Iterator[None]:
+    """Lets DistributedOptimizer of megatron-core 0.18 be made, which asserts that its inner optimizer is an Adam."""
+    adam = distrib_optimizer.Adam
+    distrib_optimizer.Adam = torch.optim.Optimizer
+    try:
+        yield
+    finally:
+        distrib_optimizer.Adam = adam
+
+
 class MuonDistributedOptimizer(CheckpointedOptimizer):
     """DistributedOptimizer whose inner optimizer is `ShardedMuon`, with that optimizer's state.
 
@@ -75,7 +88,8 @@ class MuonDistributedOptimizer(CheckpointedOptimizer):
         names: Mapping[nn.Parameter, str] | None = None,
         **kwargs: Any,
     ) -> None:
-        super().__init__(optimizer, *args, **kwargs)
+        with _any_optimizer_accepted():
+            super().__init__(optimizer, *args, **kwargs)
         self.grid = grid
         self._specs = specs
         self._names = names or {}
