@@ -12,7 +12,7 @@ TE_VERSION := 2.20.2
 # TE's torch extension, built for this Python and torch. PyPI has its source only, which takes a quarter of an hour.
 TE_WHEEL ?= $(firstword $(wildcard ../shared/wheels/transformer_engine_torch-$(TE_VERSION)-*.whl))
 
-.PHONY: venv demo chat ablations test test-fast test-all test-gpu test-te lint bench bench-gpu docs clean
+.PHONY: venv demo chat ablations test test-fast test-all test-gpu test-te test-versions lint bench bench-gpu docs clean
 venv: $(STAMP)
 
 $(STAMP): setup.py
@@ -70,6 +70,22 @@ test-te: $(TE_STAMP)
 	$(TE_VENV)/bin/python -m pytest -m "not exhaustive" tests/te
 endif
 
+# The version-dependent part of the suite on other versions of megatron-core, each in an environment that shares the
+# installed torch. 0.20 comes from a source tree of Megatron-LM's main branch, without which it is skipped.
+VERSION_TESTS := tests/megatron/test_seams.py tests/cpu/test_backend.py tests/megatron/test_routing.py \
+	tests/megatron/test_training.py tests/optimizer/test_exactness.py tests/test_launch.py tests/cpu/test_pretrain.py
+MEGATRON_020 ?= $(firstword $(wildcard ../shared/sources/megatron-lm-0.20-*.tar.xz))
+
+test-versions: $(STAMP)
+	$(BIN)/python tests/make_version.py .venv-0.18 0.18.2
+	.venv-0.18/bin/python -m pytest -n $(WORKERS) --dist loadscope -m "not exhaustive" $(VERSION_TESTS)
+ifeq ($(MEGATRON_020),)
+	@echo "test-versions: 0.20 is skipped, for want of megatron-lm-0.20-*.tar.xz in ../shared/sources; give MEGATRON_020=PATH"
+else
+	$(BIN)/python tests/make_version.py .venv-0.20 $(MEGATRON_020)
+	.venv-0.20/bin/python -m pytest -n $(WORKERS) --dist loadscope -m "not exhaustive" $(VERSION_TESTS)
+endif
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -97,4 +113,4 @@ docs: $(VENV)/.docs-installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 clean:
-	rm -rf site $(VENV) $(TE_VENV) runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf site $(VENV) $(TE_VENV) .venv-0.18 .venv-0.20 runs .pytest_cache .mypy_cache .ruff_cache *.egg-info

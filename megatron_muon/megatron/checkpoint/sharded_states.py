@@ -30,11 +30,12 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
-from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE
 from megatron.core.optimizer.optimizer import ChainedOptimizer, param_group_identifier_keys
 from torch import Tensor, nn
 
 from megatron_muon.checkpoints.contents import optimizer_entries
+from megatron_muon.megatron.checkpoint.state_keys_018 import check_format, distributed_optimizer
 from megatron_muon.megatron.entry.messages import say
 
 # Settings that a schedule changes at every step; a group's other settings are this run's.
@@ -43,7 +44,7 @@ _SCHEDULED = ("lr", "weight_decay")
 _STRUCTURE = ("is_expert_parallel", "is_decoupled_lr", "wd_mult", "lr_mult", "default_config", "optimizer")
 
 
-class CheckpointedOptimizer(DistributedOptimizer):
+class CheckpointedOptimizer(distributed_optimizer()):  # type: ignore[misc]
     """DistributedOptimizer that saves and loads without the defects named in the module's table."""
 
     kind: Literal["muon", "adam"]
@@ -146,7 +147,9 @@ class CheckpointedOptimizer(DistributedOptimizer):
 
         Raises:
             ValueError: If a parameter is missing in `model_sharded_state_dict`.
+            NotImplementedError: With megatron-core 0.18.
         """
+        check_format()
         efficient = bool((metadata or {}).get("distrib_optim_fully_reshardable_mem_efficient", False))
         whole_buffers = self.get_parameter_state_dp_zero(
             use_gloo_comm=efficient, empty_data=is_loading, return_on_all_ranks=is_loading or not efficient

@@ -131,6 +131,10 @@ def check_arguments(args: argparse.Namespace) -> None:
 
         ClipRule(args.qk_clip_threshold, args.qk_clip_alpha)  # raises
     check_checkpoint_step(args, legacy=args.ckpt_format == "torch")
+    if args.dist_ckpt_optim_fully_reshardable:
+        from megatron_muon.megatron.checkpoint.state_keys_018 import check_format
+
+        check_format()
     tensor_parallel = args.tensor_model_parallel_size
     for kind, ranks in (("", tensor_parallel), ("expert_", args.expert_tensor_parallel_size or tensor_parallel)):
         shards = getattr(args, f"{kind}tensor_parallel_num_weight_shards", None)  # 0.18 has neither

@@ -7,6 +7,7 @@ process, but for those that say otherwise.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from argparse import ArgumentParser, Namespace
@@ -249,6 +250,25 @@ def parse_args(
     return args
 
 
+def with_distributed_muon(original: Callable[..., Namespace]) -> Callable[..., Namespace]:
+    """Decorates `parse_args` in a patched Megatron-LM tree (`patches/`), which then needs no launcher.
+
+    The first call installs the other seams; without `--distributed-muon` they pass through, as under the launcher.
+    """
+
+    @functools.wraps(original)
+    def decorated(
+        extra_args_provider: Callable[[ArgumentParser], ArgumentParser] | None = None, ignore_unknown_args: bool = False
+    ) -> Namespace:
+        if _PARSE_ARGS in _installed:  # by the launcher
+            return original(extra_args_provider, ignore_unknown_args)
+        install_core_seams()
+        _install([seam for seam in TRAINING if seam.target != _PARSE_ARGS])
+        return parse_args(original, extra_args_provider, ignore_unknown_args)
+
+    return decorated
+
+
 def setup_model_and_optimizer(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Compares the ranks' settings before the model is built. Collective over the world, also without the flag."""
     from megatron.training.global_vars import get_args
@@ -257,6 +277,7 @@ def setup_model_and_optimizer(original: Callable[..., Any], *args: Any, **kwargs
     return original(*args, **kwargs)
 
 
+_PARSE_ARGS = "megatron.training.arguments:parse_args"
 _CHECKPOINTING = "megatron.core.dist_checkpointing"
 CORE: tuple[Seam, ...] = (
     Seam(
@@ -347,7 +368,7 @@ CORE: tuple[Seam, ...] = (
 )
 TRAINING: tuple[Seam, ...] = (
     Seam(
-        target="megatron.training.arguments:parse_args",
+        target=_PARSE_ARGS,
         replacement=parse_args,
         why="adds the flags, and completes the arguments before `validate_args`",
         parameters=("extra_args_provider", "ignore_unknown_args"),
