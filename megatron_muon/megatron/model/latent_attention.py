@@ -19,6 +19,12 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+try:
+    from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver
+except ModuleNotFoundError as error:  # megatron-core 0.18, whose layers need no mending
+    if error.name != "megatron.core.transformer.mla_qk_norm_config":
+        raise
+
 
 class LatentAttention(MLASelfAttention):
     """`MLASelfAttention` in which queries have a norm only if they are compressed."""
@@ -30,8 +36,6 @@ class LatentAttention(MLASelfAttention):
         """
         if self.config.q_lora_rank is not None or not self.config.qk_layernorm:
             return super()._resolve_qk_norm_config(submodules)
-        from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver
-
         resolver = QKNormConfigResolver(self.config, submodules)
         norm = submodules.kv_layernorm or IdentityOp
         # Without a norm of its own, as in Transformer Engine's layers, it is fused with the projection after it.
