@@ -79,6 +79,7 @@ MEGATRON_020 ?= $(firstword $(wildcard ../shared/sources/megatron-lm-0.20-*.tar.
 test-versions: $(STAMP)
 	$(BIN)/python tests/make_version.py .venv-0.18 0.18.2
 	.venv-0.18/bin/python -m pytest -n $(WORKERS) --dist loadscope -m "not exhaustive" $(VERSION_TESTS)
+	.venv-0.18/bin/python -m pytest tests/megatron/test_training_checkpoints.py -k "resumed and (dp_reshardable or legacy)"
 ifeq ($(MEGATRON_020),)
 	@echo "test-versions: 0.20 is skipped, for want of megatron-lm-0.20-*.tar.xz in ../shared/sources; give MEGATRON_020=PATH"
 else

@@ -274,3 +274,14 @@ def save_and_load_with_stock(rank: int, world_size: int, session: Session, metho
     spoil(run)
     run.load(session.save_to, session.sharding)
     return run.differences(assemble(pieces))
+
+
+def test_megatron_core_018_refuses_fully_reshardable_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its values arrive in wrong places in another layout."""
+    from megatron_muon.megatron.checkpoint import state_keys_018
+
+    monkeypatch.setattr(state_keys_018, "HAS_STATE_KEYS", False)
+    with pytest.raises(NotImplementedError, match=r"^--dist-ckpt-optim-fully-reshardable: got True.*0\.18.*omit it"):
+        state_keys_018.check_format()
+    monkeypatch.setattr(state_keys_018, "HAS_STATE_KEYS", True)
+    state_keys_018.check_format()

@@ -14,6 +14,7 @@ from megatron_muon.checkpoints.manifest import read_manifest
 from megatron_muon.config import MuonConfig
 from megatron_muon.rule.reference import ReferenceMuon
 from tests.distributed import RankError
+from tests.sources import INSTALLED
 from tests.training_runs import MUON, Stop, Trace, differences, launch_ranks, train
 
 FORMATS = {
@@ -46,9 +47,12 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path: Path, whole: lis
     if name != "legacy":
         # Checksums come from the writers, of which asynchronous ones are processes of their own.
         read = sorted(word for trace in saving for word in trace.printed.split() if word.startswith("READ:"))
-        assert read == ["READ:.metadata"] * 2 + ["READ:metadata.json"] * 2
+        small = (".metadata", *(("common.pt",) if INSTALLED == "0.18" else ()), "metadata.json")
+        assert read == [f"READ:{file}" for file in small for _ in range(2)]
         files = read_manifest(tmp_path / "iter_0000004").files
-        assert len(files) == 4 and all(checksum(tmp_path / "iter_0000004" / n) == e for n, e in files.items())
+        assert len(files) == 2 + len(small) and all(
+            checksum(tmp_path / "iter_0000004" / n) == e for n, e in files.items()
+        )
     assert differences(saving, whole, range(4)) == []
     # Not by --ckpt-step: with legacy files Megatron then takes the optimizer's state of the last iteration.
     (tmp_path / "latest_checkpointed_iteration.txt").write_text("2")
