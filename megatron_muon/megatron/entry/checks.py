@@ -131,7 +131,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
         ClipRule(args.qk_clip_threshold, args.qk_clip_alpha)  # raises
     check_checkpoint_step(args, legacy=args.ckpt_format == "torch")
-    if args.dist_ckpt_optim_fully_reshardable:
+    if getattr(args, "dist_ckpt_optim_fully_reshardable", False):
         from megatron_muon.megatron.checkpoint.state_keys_018 import check_format
 
         check_format()
