@@ -26,6 +26,8 @@ LEVEL = {room: level for level, room in enumerate(ROOMS)}
 # Who may import Megatron whenever it is imported itself, and who only once a function of it is called.
 IMPORTS_MEGATRON = frozenset({"megatron", "cpu"})
 IMPORTS_MEGATRON_LAZILY = frozenset({"estimate", "profile", "launch", "cli", "checkpoints", ""})
+# The same thing in several places: Megatron's function and what stands in for it, entry points, a list for each file.
+SHARED_NAMES = frozenset({"__getattr__", "emulate_fp8", "get_megatron_optimizer", "main", "patches"})
 # Modules at the root; everything else lives in a room that is a package.
 LOOSE = frozenset({"__init__", "__main__", "cli", "config", "launch", "state_keys"})
 
@@ -269,3 +271,23 @@ def test_detects_a_circle_inside_a_room(tmp_path: Path, back: str) -> None:
 )
 def test_detects_a_megatron_import(tmp_path: Path, importer: str, source: str, allowed: bool) -> None:
     assert len(megatron_imports(tree(tmp_path, **{importer: source}))) == (0 if allowed else 1)
+
+
+def defined_names(root: Path) -> dict[str, list[str]]:
+    """Public classes and functions of modules, each with the modules that define it."""
+    out: dict[str, list[str]] = {}
+    for path in sorted(root.rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                out.setdefault(node.name, []).append(str(path.relative_to(root)))
+    return out
+
+
+def test_a_name_means_one_thing() -> None:
+    repeated = {name: where for name, where in defined_names(ROOT).items() if len(where) > 1}
+    assert {name: where for name, where in repeated.items() if name not in SHARED_NAMES} == {}
+
+
+def test_detects_a_name_with_two_meanings(tmp_path: Path) -> None:
+    root = tree(tmp_path, plan__build="class Row: ...\ndef f(): ...", rule__muon="class Row: ...\ndef _f(): ...")
+    assert {name for name, where in defined_names(root).items() if len(where) > 1} == {"Row"}

@@ -78,10 +78,10 @@ def run_inspect(args: argparse.Namespace) -> int:
 
 def run_convert(args: argparse.Namespace) -> int:
     """Runs `convert`; returns 0, or 2 if an option, the source or the disk is bad."""
-    from megatron_muon.checkpoints.convert import Options, convert
+    from megatron_muon.checkpoints.convert import ConversionOptions, convert
     from megatron_muon.observe.console import progress_bar
 
-    options = Options(args.source_kind, args.target_kind, args.momentum, args.muon_momentum, args.muon_router)
+    options = ConversionOptions(args.source_kind, args.target_kind, args.momentum, args.muon_momentum, args.muon_router)
     try:
         with progress_bar() as progress:
             result = convert(args.source, args.target, options, progress)

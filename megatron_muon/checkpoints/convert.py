@@ -42,7 +42,7 @@ How = Literal["copy", "divide", "zeros", "square"]
 
 
 @dataclass(frozen=True)
-class Options:
+class ConversionOptions:
     """How to convert.
 
     Attributes:
@@ -81,7 +81,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Result:
+class Converted:
     """What a conversion did.
 
     Attributes:
@@ -101,7 +101,9 @@ class Result:
     restart_factor: float | None
 
 
-def convert(source_path: Path, target_path: Path, options: Options, progress: Progress = no_progress) -> Result:
+def convert(
+    source_path: Path, target_path: Path, options: ConversionOptions, progress: Progress = no_progress
+) -> Converted:
     """Converts the checkpoint of an iteration; the target is a directory for `--load`, with its tracker file.
 
     It is written under another name, read back, and renamed, so that `target_path` is a whole checkpoint or not there.
@@ -139,7 +141,7 @@ def convert(source_path: Path, target_path: Path, options: Options, progress: Pr
     count = Counter(entry.how for entry in entries)
     betas, _ = adam_settings(checkpoint.common)
     to_adam = any(entry.how == "zeros" and SQUARE in entry.key for entry in entries)
-    return Result(
+    return Converted(
         target_path / name,
         copied=count["copy"],
         scaled=count["divide"],
@@ -149,7 +151,7 @@ def convert(source_path: Path, target_path: Path, options: Options, progress: Pr
     )
 
 
-def plan_entries(checkpoint: Checkpoint, options: Options) -> Iterator[Entry]:
+def plan_entries(checkpoint: Checkpoint, options: ConversionOptions) -> Iterator[Entry]:
     """Yields every tensor of the target: the model's as they are, then the states of each parameter.
 
     Raises:
@@ -164,7 +166,7 @@ def plan_entries(checkpoint: Checkpoint, options: Options) -> Iterator[Entry]:
             yield _entry(checkpoint, parameter, state, options)
 
 
-def _entry(checkpoint: Checkpoint, parameter: Parameter, state: str, options: Options) -> Entry:
+def _entry(checkpoint: Checkpoint, parameter: Parameter, state: str, options: ConversionOptions) -> Entry:
     """A state of the target: copied, or made of what the source has."""
     key = state_key(state, parameter.name)
     if state in (PARAM, FP32_PARAM):
@@ -183,7 +185,7 @@ def _entry(checkpoint: Checkpoint, parameter: Parameter, state: str, options: Op
     return Entry(key, source, "square", factor**2 * square_factor(betas, step), parameter.stacked)
 
 
-def _momentum(checkpoint: Checkpoint, parameter: Parameter, options: Options) -> Entry:
+def _momentum(checkpoint: Checkpoint, parameter: Parameter, options: ConversionOptions) -> Entry:
     """Muon's momentum, from Muon's or from AdamW's mean gradient."""
     key, source = state_key(MOMENTUM, parameter.name), _state(checkpoint, parameter, MOMENTUM, MEAN)
     if options.start == "zeros":
@@ -198,12 +200,12 @@ def _divided(key: str, source: str, divisor: float) -> Entry:
     return Entry(key, source, "copy" if divisor == 1.0 else "divide", divisor)
 
 
-def _mean_per_momentum(checkpoint: Checkpoint, options: Options) -> float:
+def _mean_per_momentum(checkpoint: Checkpoint, options: ConversionOptions) -> float:
     """The factor that turns Muon's momentum in the source into a mean gradient."""
     return 1.0 - (source_momentum(checkpoint.common) or 0.0) if options.source == "distributed-muon" else 1.0
 
 
-def _check(checkpoint: Checkpoint, options: Options) -> None:
+def _check(checkpoint: Checkpoint, options: ConversionOptions) -> None:
     if options.source == options.target:
         raise ValueError(f"--to: got {options.target}, which --from says too, expected another optimizer")
     found = optimizer_kind(checkpoint)
@@ -223,7 +225,7 @@ def _check(checkpoint: Checkpoint, options: Options) -> None:
         )
 
 
-def _target_momentum(checkpoint: Checkpoint, options: Options) -> float:
+def _target_momentum(checkpoint: Checkpoint, options: ConversionOptions) -> float:
     if options.momentum is not None:
         return options.momentum
     found = source_momentum(checkpoint.common)

@@ -26,8 +26,8 @@ _LAYOUT = {
 
 
 @dataclass(frozen=True)
-class Row:
-    """A tensor of the model. `optimizer` is muon, adamw or none; `norms` are Frobenius norms by state."""
+class InspectedParameter:
+    """A parameter of the model. `optimizer` is muon, adamw or none; `norms` are Frobenius norms by state."""
 
     name: str
     shape: tuple[int, ...]
@@ -48,7 +48,7 @@ class Inspection:
     iteration: int | None
     momentum: float | None
     layout: dict[str, int]
-    rows: tuple[Row, ...]
+    rows: tuple[InspectedParameter, ...]
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -75,7 +75,7 @@ def inspect(checkpoint: Checkpoint, *, norms: bool = True, progress: Progress = 
         keys = {**weight, **states}
         first = tensors[next(iter(keys.values()))]
         rows.append(
-            Row(
+            InspectedParameter(
                 name=name,
                 shape=tuple(first.size),
                 dtype=dtype_name(first.properties.dtype),

@@ -17,7 +17,7 @@ from megatron_muon.rule.reference import Logical, ReferenceMuon
 from megatron_muon.rule.stochastic_rounding import random_bits, stochastic_bf16, stream
 
 
-def sum_of_squares(x: Tensor, bits: int) -> Tensor:
+def rounded_sum_of_squares(x: Tensor, bits: int) -> Tensor:
     """Of all fp32 numbers, each square with `bits` binary digits after the point; in float64."""
     return (x.double() ** 2 * 2.0**bits).round().sum() / 2.0**bits
 
@@ -78,7 +78,7 @@ class ReferenceVariants(ReferenceMuon):
             v = self.second_moments.setdefault(key, torch.zeros_like(o))
             v.mul_(beta2).add_(o * o * (1.0 - beta2))
             scaled = o / (v.sqrt() + eps)
-            norm = sum_of_squares(scaled, square_bits(o.numel(), beta2))
+            norm = rounded_sum_of_squares(scaled, square_bits(o.numel(), beta2))
             return scaled * ((min(o.shape) / norm).sqrt() * factor).float() if norm > 0 else scaled * 0.0
         # The mean is taken along the short side.
         dim = 1 if o.shape[0] >= o.shape[1] else 0

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_muon.checkpoints.convert import Options, convert
+from megatron_muon.checkpoints.convert import ConversionOptions, convert
 from megatron_muon.checkpoints.reader import Checkpoint
 from megatron_muon.config import MuonConfig
 from megatron_muon.megatron.checkpoint.adoption import load_base_checkpoint
@@ -39,7 +39,7 @@ def run(*words: str, until: int, world_size: int = 2, script: str = SCRIPT) -> l
 
 
 def switch(source: Path, target: Path, start: OptimizerKind, end: OptimizerKind) -> str:
-    convert(source, target, Options(start, end, momentum=None if end == "adamw" else 0.95))
+    convert(source, target, ConversionOptions(start, end, momentum=None if end == "adamw" else 0.95))
     return str(target)
 
 

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_muon.checkpoints.contents import Parameter
-from megatron_muon.checkpoints.convert import Options, convert
+from megatron_muon.checkpoints.convert import ConversionOptions, convert
 from megatron_muon.checkpoints.manifest import file_problem, file_sizes, read_manifest
 from megatron_muon.checkpoints.moments import largest_restart_factor
 from megatron_muon.checkpoints.reader import COMMON, Checkpoint
@@ -102,7 +102,7 @@ MATRICES = {
 @pytest.mark.parametrize(("source", "target"), itertools.permutations(KINDS, 2))
 def test_converts(written: dict[str, Path], tmp_path: Path, source: Any, target: Any) -> None:
     before = tensors_of(written[source])
-    convert(written[source], tmp_path / "out", Options(source, target, momentum=0.9))
+    convert(written[source], tmp_path / "out", ConversionOptions(source, target, momentum=0.9))
     after = tensors_of(tmp_path / "out")
 
     main_of = {kind: f"{STATE}{'fp32_param' if kind == 'megatron-muon' else 'param'}." for kind in KINDS}
@@ -150,7 +150,7 @@ def squares_for(mean: Tensor, stacked: int) -> Tensor:
 
 @pytest.mark.parametrize("source", ["megatron-muon", "distributed-muon"])
 def test_zeros_for_adamw(written: dict[str, Path], tmp_path: Path, source: Any) -> None:
-    convert(written[source], tmp_path / "out", Options(source, "adamw", start="zeros"))
+    convert(written[source], tmp_path / "out", ConversionOptions(source, "adamw", start="zeros"))
     after = tensors_of(tmp_path / "out")
     for name in MATRICES:
         for state in ("exp_avg", "exp_avg_sq"):
@@ -252,7 +252,7 @@ def peak_growth_bytes(rank: int, world_size: int, source: Path, target: Path) ->
     _ = Checkpoint(source).common
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
-    convert(source, target, Options("adamw", "distributed-muon"))
+    convert(source, target, ConversionOptions("adamw", "distributed-muon"))
     return resident("VmHWM") - before
 
 

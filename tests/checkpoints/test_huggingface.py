@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_muon.checkpoints.huggingface.architecture import config_of, flags_of, settings_of
-from megatron_muon.checkpoints.huggingface.export import Options, export
+from megatron_muon.checkpoints.huggingface.architecture import config_of, flags_of, settings_from_config
+from megatron_muon.checkpoints.huggingface.export import ExportOptions, export
 from megatron_muon.checkpoints.huggingface.import_model import FLAGS, import_model
 from megatron_muon.checkpoints.huggingface.names import shapes_of
 from megatron_muon.checkpoints.reader import TRACKER, Checkpoint
@@ -86,12 +86,14 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cases]:
         import_model(root / name / "hf", root / name / "run", None)
         runs[name] = (root / name / "run", root / name / "saved", model_flags(root / name / "run"))
     moonlight = [
-        word for words in flags_of(settings_of({**MOONLIGHT_16B, "model_type": "deepseek_v3"})) for word in words
+        word
+        for words in flags_of(settings_from_config({**MOONLIGHT_16B, "model_type": "deepseek_v3"}))
+        for word in words
     ]
     found = run_ranks(megatron_side, 2, runs, moonlight)[0]
     by_name = {name: Case(root / name, models[name], found[0][name]) for name in MODELS}
     for case in by_name.values():
-        export(case.root / "saved", case.root / "exported", Options(max_shard_bytes=200_000))
+        export(case.root / "saved", case.root / "exported", ExportOptions(max_shard_bytes=200_000))
     yield Cases(by_name, found[1])
 
 
@@ -132,7 +134,7 @@ def test_tensors_come_back_bitwise(cases: Cases, name: str) -> None:
     assert index["weight_map"].keys() == after.keys()
     assert index["metadata"]["total_size"] == sum(value.nbytes for value in after.values())
     # Import alone, without Megatron, gives the same.
-    export(root / "run", root / "direct", Options())
+    export(root / "run", root / "direct", ExportOptions())
     direct = weights(root / "direct")
     assert direct.keys() == before.keys() and all(torch.equal(value, direct[key]) for key, value in before.items())
     shutil.rmtree(root / "direct")
@@ -217,7 +219,7 @@ def test_moonlight_16b_on_the_meta_device(cases: Cases) -> None:
     from megatron_muon.checkpoints.huggingface.names import blocks_of, generic, keys_of
 
     fields = {**MOONLIGHT_16B, "model_type": "deepseek_v3"}
-    settings = settings_of(fields)
+    settings = settings_from_config(fields)
     with torch.device("meta"):
         model = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**MOONLIGHT_16B))
     theirs: dict[str, tuple[int, ...]] = {}
@@ -277,7 +279,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 def settings_of_model(name: str) -> dict[str, Any]:
     family, fields = MODELS[name]
     kinds = {"Llama": "llama", "Qwen3": "qwen3", "Qwen3Moe": "qwen3_moe", "DeepseekV3": "deepseek_v3"}
-    return settings_of({**fields, "model_type": kinds[family]})
+    return settings_from_config({**fields, "model_type": kinds[family]})
 
 
 @pytest.mark.parametrize("setting", REFUSED)
@@ -310,13 +312,13 @@ def test_export_refuses_what_has_no_counterpart(setting: str) -> None:
 def test_import_refuses_what_has_no_counterpart(change: dict[str, Any]) -> None:
     (name,) = change
     with pytest.raises(ValueError, match=f"config.json: {name}: got .*, expected"):
-        settings_of({**LATENT, "model_type": "deepseek_v3", **change})
+        settings_from_config({**LATENT, "model_type": "deepseek_v3", **change})
 
 
 def test_missing_field() -> None:
     fields = {key: value for key, value in LATENT.items() if key != "kv_lora_rank"}
     with pytest.raises(ValueError, match=r"config.json: kv_lora_rank: missing, expected in a deepseek_v3 model"):
-        settings_of({**fields, "model_type": "deepseek_v3"})
+        settings_from_config({**fields, "model_type": "deepseek_v3"})
 
 
 def write_tokenizer(directory: Path, tokens: int) -> Path:
@@ -377,7 +379,7 @@ def test_fp32_takes_the_main_parameters(tmp_path: Path, cases: Cases) -> None:
     writer.add_object(COMMON, source.common)
     writer.finish(b'{"sharded_backend": "torch_dist"}')
     for dtype in (None, "fp32"):
-        export(tmp_path / "iter_0000001", tmp_path / str(dtype), Options(dtype=dtype))
+        export(tmp_path / "iter_0000001", tmp_path / str(dtype), ExportOptions(dtype=dtype))
     exact = weights(cases.by_name["llama groups"].root / "hf")
     assert all(torch.equal(value, exact[name]) for name, value in weights(tmp_path / "fp32").items())
     assert all(torch.equal(value, exact[name].bfloat16()) for name, value in weights(tmp_path / "None").items())
@@ -483,7 +485,7 @@ def peak_growth_bytes(rank: int, world_size: int, work: str, root: Path) -> int:
     thread = threading.Thread(target=watch)
     thread.start()
     if work == "export":
-        export(root / "run", root / "out", Options())
+        export(root / "run", root / "out", ExportOptions())
     else:
         import_model(root / "hf", root / "run", None)
     done.set()

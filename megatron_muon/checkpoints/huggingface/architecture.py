@@ -290,7 +290,7 @@ def config_of(
     return out
 
 
-def settings_of(config: Mapping[str, Any]) -> Settings:
+def settings_from_config(config: Mapping[str, Any]) -> Settings:
     """Megatron's settings for a config.json: names and values as in Megatron's arguments.
 
     Raises:

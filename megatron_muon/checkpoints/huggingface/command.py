@@ -61,13 +61,13 @@ def add_import_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run_export(args: argparse.Namespace) -> int:
     """Runs `export`; returns 0, or 2 if an option, the source or the disk is bad."""
-    from megatron_muon.checkpoints.huggingface.export import Options, export
+    from megatron_muon.checkpoints.huggingface.export import ExportOptions, export
     from megatron_muon.observe.console import progress_bar
 
     source = args.run_directory
     if args.iteration is not None:
         source /= f"iter_{args.iteration:07d}"
-    options = Options(
+    options = ExportOptions(
         dtype=args.dtype,
         tokenizer=args.tokenizer,
         chat_template=args.chat_template,

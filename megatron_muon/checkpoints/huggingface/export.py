@@ -18,7 +18,7 @@ from torch import Tensor
 from megatron_muon.checkpoints.contents import model_keys
 from megatron_muon.checkpoints.huggingface.architecture import architecture_of, config_of, heads_of
 from megatron_muon.checkpoints.huggingface.card import model_card
-from megatron_muon.checkpoints.huggingface.names import Block, Heads, blocks_of, split
+from megatron_muon.checkpoints.huggingface.names import Block, Heads, blocks_of, separated
 from megatron_muon.checkpoints.huggingface.safetensors_file import INDEX, Planned, shard_names, write_shard
 from megatron_muon.checkpoints.huggingface.tokenizer import Tokenizer
 from megatron_muon.checkpoints.manifest import file_problem, read_manifest
@@ -32,7 +32,7 @@ _EMBEDDING = "embedding.word_embeddings.weight"
 
 
 @dataclass(frozen=True)
-class Options:
+class ExportOptions:
     """How to export.
 
     Attributes:
@@ -56,7 +56,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Result:
+class Exported:
     """What was exported.
 
     Attributes:
@@ -85,7 +85,7 @@ class _Source:
     planned: Planned
 
 
-def export(source: Path, target: Path, options: Options, progress: Progress = no_progress) -> Result:
+def export(source: Path, target: Path, options: ExportOptions, progress: Progress = no_progress) -> Exported:
     """Exports the model of an iteration.
 
     Everything is written under another name, read back, and renamed, so that `target` is either whole or not there.
@@ -120,7 +120,7 @@ def export(source: Path, target: Path, options: Options, progress: Progress = no
         tensors = _tensors(checkpoint, sources, heads_of(args), options, progress)
         for file, names in shards.items():
             write_shard(partial / file, {name: planned[name] for name in names}, islice(tensors, len(names)))
-        result = Result(
+        result = Exported(
             target,
             config["architectures"][0],
             len(planned),
@@ -151,7 +151,7 @@ def _check_files(directory: Path) -> None:
             raise ValueError(f"{problem}. Use another iteration, or a copy")
 
 
-def _plan(checkpoint: Checkpoint, args: Any, options: Options) -> tuple[dict[str, _Source], torch.dtype]:
+def _plan(checkpoint: Checkpoint, args: Any, options: ExportOptions) -> tuple[dict[str, _Source], torch.dtype]:
     """Every tensor of the export by its name, in the order of layers, and the dtype of the checkpoint's weights."""
     architecture = architecture_of(args, any_epsilon=options.any_epsilon)
     tensors = checkpoint.tensors
@@ -169,7 +169,7 @@ def _plan(checkpoint: Checkpoint, args: Any, options: Options) -> tuple[dict[str
                 if not 0 < options.vocab_size <= shape[0]:
                     raise ValueError(f"--vocab-size: got {options.vocab_size}, expected 1 to {shape[0]}")
                 shape = torch.Size((options.vocab_size, *shape[1:]))
-            parts = split(torch.empty(shape, device="meta"), block.join, heads)
+            parts = separated(torch.empty(shape, device="meta"), block.join, heads)
             for number, (name, part) in enumerate(zip(block.names, parts, strict=True)):
                 of = torch.float32 if name.endswith(_ROUTER_BIAS) else dtype
                 # Norms may stand under two names, of local layers and of Transformer Engine's.
@@ -196,7 +196,7 @@ def _layer_order(key: str) -> tuple[int, int, str]:
 
 
 def _tensors(
-    checkpoint: Checkpoint, sources: dict[str, _Source], heads: Heads | None, options: Options, progress: Progress
+    checkpoint: Checkpoint, sources: dict[str, _Source], heads: Heads | None, options: ExportOptions, progress: Progress
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields the exported tensors; a block is read once for all of its parts."""
     last: tuple[Block, list[Tensor]] | None = None
@@ -212,11 +212,13 @@ def _tensors(
             if options.vocab_size and block.key in (_EMBEDDING, "output_layer.weight"):
                 sizes[0] = options.vocab_size
             value = checkpoint.region(key, [*block.index, *[0] * (len(whole) - len(block.index))], sizes)
-            last = (block, split(value.view(sizes[len(block.index) :]), block.join, heads))
+            last = (block, separated(value.view(sizes[len(block.index) :]), block.join, heads))
         yield name, last[1][source.part].to(source.planned.dtype)
 
 
-def _notes(stored: torch.dtype, rows: int, args: Any, options: Options, tokenizer: Tokenizer | None) -> Iterator[str]:
+def _notes(
+    stored: torch.dtype, rows: int, args: Any, options: ExportOptions, tokenizer: Tokenizer | None
+) -> Iterator[str]:
     if options.dtype and TORCH_DTYPES[options.dtype] != stored:
         exported = dtype_name(TORCH_DTYPES[options.dtype])
         yield f"weights were stored as {dtype_name(stored)} and are exported as {exported}"

@@ -23,7 +23,7 @@ from megatron_muon.checkpoints.huggingface.architecture import (
     architecture_of,
     flags_of,
     heads_of,
-    settings_of,
+    settings_from_config,
 )
 from megatron_muon.checkpoints.huggingface.names import Block, blocks_of, generic, joined, keys_of, shapes_of
 from megatron_muon.checkpoints.huggingface.safetensors_file import INDEX
@@ -37,7 +37,7 @@ _BACKEND = b'{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'
 
 
 @dataclass(frozen=True)
-class Result:
+class Imported:
     """What was imported.
 
     Attributes:
@@ -123,7 +123,7 @@ class ModelDirectory:
         return self._opened[name]
 
 
-def import_model(source: Path, target: Path, dtype: torch.dtype | None, progress: Progress = no_progress) -> Result:
+def import_model(source: Path, target: Path, dtype: torch.dtype | None, progress: Progress = no_progress) -> Imported:
     """Imports a model.
 
     Everything is written under another name, read back, and renamed, so that `target` is either whole or not there.
@@ -141,7 +141,7 @@ def import_model(source: Path, target: Path, dtype: torch.dtype | None, progress
     """
     with written_whole(target, "RUN") as partial:
         model = ModelDirectory(source)
-        settings = settings_of(model.config)
+        settings = settings_from_config(model.config)
         args = Namespace(**settings)
         architecture = architecture_of(args, any_epsilon=True)
         heads = heads_of(args)
@@ -172,7 +172,7 @@ def import_model(source: Path, target: Path, dtype: torch.dtype | None, progress
         (partial / TRACKER).write_text("release", encoding="utf-8")
         (partial / FLAGS).write_text(_flags_file(settings, args, source, target), encoding="utf-8")
     parameters = {name: shapes[generic(name)] for _, blocks in keys.values() for b in blocks for name in b.names}
-    return Result(
+    return Imported(
         target,
         target / FLAGS,
         len(keys),

@@ -219,7 +219,7 @@ def generic(name: str) -> str:
     return re.sub(r"(?<=experts\.)\d+(?=\.)", "{}", re.sub(r"^model\.layers\.\d+\.", "", name))
 
 
-def split(block: Tensor, join: Join, heads: Heads | None) -> list[Tensor]:
+def separated(block: Tensor, join: Join, heads: Heads | None) -> list[Tensor]:
     """Hugging Face's tensors in a block of Megatron's; `heads` is needed for `qkv`."""
     if join == "alone":
         return [block]

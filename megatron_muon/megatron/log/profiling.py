@@ -73,7 +73,7 @@ class Profiler:
         self._counted = (0, 0)
         self._gpu, self._no_gpu = open_current_device()
         self._sample: Sample | None = None
-        kinds = [optimizer_kind(optimizer) for optimizer in optimizers]
+        kinds = [dense_or_experts(optimizer) for optimizer in optimizers]
         firsts = [dist.get_process_group_ranks(optimizer.grid.group)[0] for optimizer in optimizers]
         self._groups = dict(zip(kinds, firsts, strict=True))
         self._planned = planned_work(self._exchanges)
@@ -200,7 +200,7 @@ def _print_summary(summaries: Sequence[StepSummary], facts: RunFacts) -> None:
         print(run_summary(median_step(summaries), facts, log_width()), end="", flush=True)
 
 
-def optimizer_kind(optimizer: MuonDistributedOptimizer) -> str:
+def dense_or_experts(optimizer: MuonDistributedOptimizer) -> str:
     """Whether an optimizer's matrices are `dense` or `experts`."""
     return "experts" if any(g.get("is_expert_parallel") for g in optimizer.optimizer.param_groups) else "dense"
 

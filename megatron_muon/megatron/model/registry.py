@@ -31,7 +31,7 @@ Optimizer = Literal["muon", "adam"]
 
 
 @dataclass(frozen=True)
-class Row:
+class KnownWeights:
     """A kind of parameter.
 
     Attributes:
@@ -129,32 +129,34 @@ def _latent_output(entry: NamedParameter) -> WeightKind:
     return LatentOutput(_config(entry).v_head_dim)
 
 
-ROWS: tuple[Row, ...] = (
-    Row("embedding or output", _is_embedding, optimizer="adam"),
-    Row("router", lambda entry: isinstance(entry.module, Router) and is_matrix(entry), optimizer=lambda c: c.router),
-    Row("convolution", _is_convolution, optimizer="adam"),
+ROWS: tuple[KnownWeights, ...] = (
+    KnownWeights("embedding or output", _is_embedding, optimizer="adam"),
+    KnownWeights(
+        "router", lambda entry: isinstance(entry.module, Router) and is_matrix(entry), optimizer=lambda c: c.router
+    ),
+    KnownWeights("convolution", _is_convolution, optimizer="adam"),
     # [z, x, B, C, dt] and [query, key, value, z, beta, alpha]: fused in ways of their own, and trained with AdamW by
     # their authors. A row of the user's gives them to Muon.
-    Row("Mamba in_proj", _inside(MambaMixer, "in_proj"), optimizer="adam"),
-    Row("GatedDeltaNet", _inside(GatedDeltaNet, "in_proj", "out_proj"), optimizer="adam"),
-    Row("fused QKV", _inside(SelfAttention, "linear_qkv"), _fused_qkv),
-    Row("gated MLP", _is_gated_mlp, _gated_mlp),
-    Row("MLA query", _inside(MultiLatentAttention, "linear_q_proj", "linear_q_up_proj"), _latent_query),
-    Row("MLA key-value", _inside(MultiLatentAttention, "linear_kv_up_proj"), _latent_key_value),
-    Row(
+    KnownWeights("Mamba in_proj", _inside(MambaMixer, "in_proj"), optimizer="adam"),
+    KnownWeights("GatedDeltaNet", _inside(GatedDeltaNet, "in_proj", "out_proj"), optimizer="adam"),
+    KnownWeights("fused QKV", _inside(SelfAttention, "linear_qkv"), _fused_qkv),
+    KnownWeights("gated MLP", _is_gated_mlp, _gated_mlp),
+    KnownWeights("MLA query", _inside(MultiLatentAttention, "linear_q_proj", "linear_q_up_proj"), _latent_query),
+    KnownWeights("MLA key-value", _inside(MultiLatentAttention, "linear_kv_up_proj"), _latent_key_value),
+    KnownWeights(
         "MLA down",
         _inside(MultiLatentAttention, "linear_kv_down_proj", "linear_qkv_down_proj"),
         _latent_down,
     ),
-    Row("MLA output", _inside(MultiLatentAttention, "linear_proj"), _latent_output),
+    KnownWeights("MLA output", _inside(MultiLatentAttention, "linear_proj"), _latent_output),
     # All else: output projections, second weights of MLPs, experts, MTP's projection, and what users add to a model.
-    Row("matrix", is_matrix, priority=-1),
-    Row("no matrix", lambda entry: not is_matrix(entry), optimizer="adam", priority=-1),
+    KnownWeights("matrix", is_matrix, priority=-1),
+    KnownWeights("no matrix", lambda entry: not is_matrix(entry), optimizer="adam", priority=-1),
 )
 
 
-def _users(row: SplitRow) -> Row:
-    return Row(
+def _users(row: SplitRow) -> KnownWeights:
+    return KnownWeights(
         row.name,
         lambda entry: fnmatchcase(entry.whole_name, row.match),
         lambda entry: row.split,
@@ -174,17 +176,17 @@ class Registry:
         self.user_rows = user_rows
         self.rows = (*map(_users, user_rows), *ROWS)
 
-    def matching(self, entry: NamedParameter) -> list[Row]:
+    def matching(self, entry: NamedParameter) -> list[KnownWeights]:
         """The rows of the highest priority that match a parameter; one, unless rows overlap."""
         found = [row for row in self.rows if row.matches(entry)]
         top = max(row.priority for row in found)
         return [row for row in found if row.priority == top]
 
-    def by_name(self, name: str) -> Row:
+    def by_name(self, name: str) -> KnownWeights:
         """The row of a name."""
         return next(row for row in self.rows if row.name == name)
 
-    def row(self, entry: NamedParameter) -> Row:
+    def row(self, entry: NamedParameter) -> KnownWeights:
         """The row of a parameter; the first if rows overlap."""
         return self.matching(entry)[0]
 
