@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=qwen3-8b-512gpus
+#SBATCH --nodes=64
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#
+# Pretrains qwen3-8b with Distributed Muon on 512 GPUs: DP256 x TP2. Not run: there was no GPU.
+#
+#   MEGATRON_LM=~/Megatron-LM DATA=/data/corpus TOKENIZER=/data/tokenizer sbatch examples/slurm/qwen3-8b-512gpus.sh
+#
+# Without Slurm, start it with bash on every node, with NODE_RANK and MASTER_ADDR set. Further arguments are passed on
+# and win. Batch, learning rate and recomputation are starting points to measure from, not tuned.
+#
+# What `python -m megatron_muon plan qwen3-8b --dp 256 --tp 2` says, for the stage with most work:
+#   Newton-Schulz, busiest GPU  1.71 TFLOP a step, 1.30 of the ideal share
+#   exchange beyond AdamW's     88 MB sent a step, 0.4 % of AdamW's traffic
+#   momentum                    0.05 GB
+#   exchange buffers            0.31 GB
+#   gradients and weights       20.8 GB, of Muon's parameters
+#
+# Made by examples/slurm/make_scripts.py; a test compares the two.
+set -euo pipefail
+
+# Megatron asks for it with tensor parallelism before Blackwell.
+export CUDA_DEVICE_MAX_CONNECTIONS=1
+
+MODEL=(
+  --num-layers 36
+  --hidden-size 4096
+  --ffn-hidden-size 12288
+  --num-attention-heads 32
+  --max-position-embeddings 40960
+  --init-method-std 0.02
+  --norm-epsilon 1e-06
+  --vocab-size 151936
+  --normalization RMSNorm
+  --swiglu
+  --disable-bias-linear
+  --position-embedding-type rope
+  --qk-layernorm
+  --rotary-base 1000000
+  --untie-embeddings-and-output-weights
+  --attention-dropout 0.0
+  --hidden-dropout 0.0
+  --group-query-attention
+  --num-query-groups 8
+  --kv-channels 128
+)
+LAYOUT=(
+  --tensor-model-parallel-size 2 --pipeline-model-parallel-size 1
+  --expert-model-parallel-size 1 --expert-tensor-parallel-size 1 --sequence-parallel
+  --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather
+  --bf16 --accumulate-allreduce-grads-in-fp32 --recompute-activations
+)
+OPTIMIZER=(
+  --distributed-muon --optimizer adam --adam-beta1 0.9 --adam-beta2 0.95 --adam-eps 1e-8
+  --weight-decay 0.1 --clip-grad 1.0 --lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 2000
+)
+TRAINING=(
+  --seq-length 8192 --micro-batch-size 1 --global-batch-size 512 --train-iters "${STEPS:-10000}"
+  --eval-interval 500 --eval-iters 10 --log-interval 10
+  --muon-log-interval 100 --tensorboard-dir "${LOGS:-runs/qwen3-8b-512gpus}"
+  --data-path "${DATA:?set DATA to the prefix of a .bin and .idx file}" --split 99,1,0
+  --tokenizer-type HuggingFaceTokenizer
+  --tokenizer-model "${TOKENIZER:?set TOKENIZER to the name or directory of a tokenizer}"
+  --save "${CHECKPOINTS:-checkpoints/qwen3-8b-512gpus}"
+  --load "${CHECKPOINTS:-checkpoints/qwen3-8b-512gpus}" --save-interval 500
+  --ckpt-format torch_dist --dist-ckpt-optim-fully-reshardable
+)
+
+START=(torchrun --nnodes "${SLURM_NNODES:-64}" --nproc-per-node 8)
+if [[ -n ${SLURM_JOB_ID:-} ]]; then
+  MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  START=(srun "${START[@]}" --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$MASTER_ADDR:29500")
+else
+  START+=(--node-rank "${NODE_RANK:-0}")
+  START+=(--master-addr "${MASTER_ADDR:-localhost}" --master-port "${MASTER_PORT:-29500}")
+fi
+"${START[@]}" -m megatron_muon.launch "${MEGATRON_LM:?set MEGATRON_LM to a Megatron-LM checkout}/pretrain_gpt.py" \
+  "${MODEL[@]}" "${LAYOUT[@]}" "${OPTIMIZER[@]}" "${TRAINING[@]}" "$@"
