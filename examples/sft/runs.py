@@ -24,8 +24,8 @@ from sft.chat_format import write_tokenizer
 Optimizer = Literal["adamw", "muon"]
 SCRIPT = Path(__file__).resolve().parent / "finetune_mini_moonlight.py"
 STEPS = 300
-LEARNING_RATE = 2e-3
-"""Of fine-tuning with Muon; a quarter of pretraining's."""
+LEARNING_RATE = 5e-3
+"""Of fine-tuning with Muon. At 2e-3, 148 of 200 held-out expressions are answered exactly, at 5e-3 187."""
 STEPS_PER_EVALUATION = 25
 _STARTS_WITHIN_S = 120.0
 
