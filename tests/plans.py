@@ -7,7 +7,7 @@ import itertools
 from megatron_muon.config import MuonConfig
 from megatron_muon.matrices.fused import GatedMlp, parts_of, pattern
 from megatron_muon.matrices.spec import MatrixSpec, Part
-from megatron_muon.plan.build import CostModel, ShardedMatrix, Slice
+from megatron_muon.plan.build import CostModel, OwnershipPlan, ShardedMatrix, Slice
 
 FREE = CostModel(flops_per_s=1.0, bytes_per_s=1e30, node_bytes_per_s=1e30, latency_s=0, node_latency_s=0, launch_s=0)
 """With it sharing always pays, so that the planner makes teams of small matrices too."""
@@ -41,3 +41,12 @@ def evenly(specs: list[MatrixSpec], tp: int, dp: int) -> tuple[list[ShardedMatri
     """The specs in one buffer that is cut evenly over `dp` ranks, in the middle of rows, and each rank's TP rank."""
     total = sum(spec.local_numel for spec in specs)
     return sharded(specs, [total * i // dp for i in range(dp + 1)], tp), [rank % tp for rank in range(tp * dp)]
+
+
+def traffic(plan: OwnershipPlan, round_index: int, *, scatter: bool) -> list[list[int]]:
+    """Elements that rank i sends to rank j in a round's gather (or scatter), as `traffic[i][j]`."""
+    out = [[0] * plan.world_size for _ in range(plan.world_size)]
+    moved = plan.transfers(plan.items(round_index), scatter=scatter)
+    for source, destination, numel in zip(*(column.tolist() for column in moved), strict=True):
+        out[source][destination] += numel
+    return out

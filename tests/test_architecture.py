@@ -291,3 +291,9 @@ def test_a_name_means_one_thing() -> None:
 def test_detects_a_name_with_two_meanings(tmp_path: Path) -> None:
     root = tree(tmp_path, plan__build="class Row: ...\ndef f(): ...", rule__muon="class Row: ...\ndef _f(): ...")
     assert {name for name, where in defined_names(root).items() if len(where) > 1} == {"Row"}
+
+
+def test_a_long_file_gives_its_reason() -> None:
+    texts = {path: path.read_text(encoding="utf-8") for path in ROOT.rglob("*.py")}
+    long = [path for path, text in texts.items() if text.count("\n") > 400]
+    assert [path for path in long if "# More than 400 lines: " not in texts[path]] == []

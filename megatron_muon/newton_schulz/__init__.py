@@ -20,7 +20,7 @@ from megatron_muon.newton_schulz.names import BackendName, Iteration
 
 if TYPE_CHECKING:
     from megatron_muon.newton_schulz.backends import BACKEND_DTYPES, load_backend, shapes_problem
-    from megatron_muon.newton_schulz.cost import choose_iteration, newton_schulz_bytes, newton_schulz_flops
+    from megatron_muon.newton_schulz.cost import choose_iteration, newton_schulz_flops
     from megatron_muon.newton_schulz.iterations import (
         MARGIN,
         accumulation_dtype,
@@ -44,7 +44,6 @@ __all__ = [
     "choose_iteration",
     "coefficients",
     "load_backend",
-    "newton_schulz_bytes",
     "newton_schulz_flops",
     "normalize",
     "orthogonalize",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from megatron_muon.newton_schulz.names import DTYPE_BYTES, Iteration
+from megatron_muon.newton_schulz.names import Iteration
 
 GRAM_DTYPES = ("fp16", "fp32", "fp64")
 """Names of the data types in which the Gram iteration is accurate enough."""
@@ -155,43 +155,3 @@ def newton_schulz_flops(
     if iteration == "auto":
         iteration = choose_iteration(m, n, steps, dtype, device_type)
     return _products(m, n, steps, iteration, symmetric_blocks(m, device_type))[0]
-
-
-def newton_schulz_bytes(
-    m: int,
-    n: int,
-    steps: int,
-    iteration: Iteration = "auto",
-    *,
-    dtype: str = "fp32",
-    device_type: str = "cuda",
-) -> int:
-    """Returns the bytes of memory traffic for one (m, n) matrix if every product reads its operands and writes once.
-
-    `newton_schulz_flops` over this is the arithmetic intensity that a roofline plots. A lower bound for matrices
-    that fit no cache; those that do move less.
-
-    Args:
-        m: Rows.
-        n: Columns; the order of the two does not matter.
-        steps: Number of iterations, at least one.
-        iteration: The iteration; ``auto`` is the one of `choose_iteration`.
-        dtype: Data type of the iteration, a key of `DTYPE_BYTES`.
-        device_type: ``torch.device.type``; matters for ``auto`` only.
-
-    Raises:
-        ValueError: If a size or ``steps`` is below one, or the iteration is not known.
-    """
-    m, n = _check(m, n, steps)
-    check_iteration(iteration)
-    if iteration == "auto":
-        iteration = choose_iteration(m, n, steps, dtype, device_type)
-    square, matrix = m * m, m * n
-    # Y Y^T; b G + c G^2; P Y + a Y.
-    gram, polynomial, apply = matrix + square, 2 * square, square + 2 * matrix
-    if iteration == "standard":
-        return DTYPE_BYTES[dtype] * steps * (gram + polynomial + apply)
-    segments = restart_segments(steps)
-    # Within a segment: two products for the Gram matrix and one for the factor, of two square operands each.
-    inner = sum(9 * square * (length - 1) for length in segments)
-    return DTYPE_BYTES[dtype] * (len(segments) * (gram + apply) + steps * polynomial + inner)

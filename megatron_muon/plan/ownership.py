@@ -1,5 +1,7 @@
 """Who orthogonalizes what: the ownership plan, a frozen value that is the same on every rank of a group."""
 
+# More than 400 lines: the plan is one value, and all that follows from it is asked of it.
+
 from __future__ import annotations
 
 import hashlib
@@ -341,14 +343,6 @@ class OwnershipPlan:
         at_storage, at_owner = np.concatenate(stored or empty), np.concatenate(owned or empty)
         sources, destinations = (at_owner, at_storage) if scatter else (at_storage, at_owner)
         return Transfers(sources, destinations, np.concatenate(numels or empty))
-
-    def traffic(self, round_index: int, *, scatter: bool) -> list[list[int]]:
-        """Elements that rank i sends to rank j in a round's gather (or scatter), as `traffic[i][j]`."""
-        moved = self.transfers(self.items(round_index), scatter=scatter)
-        sent = np.zeros((self.world_size, self.world_size), dtype=np.int64)
-        np.add.at(sent, (moved.sources, moved.destinations), moved.numels)
-        out: list[list[int]] = sent.tolist()
-        return out
 
     def sent_numel(self) -> tuple[int, ...]:
         """Elements that each rank sends to other ranks in one step's exchange, gather and scatter together."""

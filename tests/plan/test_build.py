@@ -33,7 +33,7 @@ from megatron_muon.plan.build import (
 from megatron_muon.plan.cost_model import ShareCosts
 from megatron_muon.plan.rounds import ParameterLoad, make_rounds
 from megatron_muon.plan.wire import SCRATCH_SHARE, Wire
-from tests.plans import FREE, evenly, gate_and_up, qkv_parts, sharded
+from tests.plans import FREE, evenly, gate_and_up, qkv_parts, sharded, traffic
 
 quick = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -144,8 +144,8 @@ def test_traffic(data: st.DataObject) -> None:
     """What is gathered goes back, every slice whole, and copies of a replicated parameter get theirs."""
     matrices, tp_ranks = data.draw(grids())
     plan = share_anyhow(data.draw, build_plan(matrices, tp_ranks, ns_steps=5))
-    gather = torch.tensor(plan.traffic(0, scatter=False))
-    scatter = torch.tensor(plan.traffic(0, scatter=True))
+    gather = torch.tensor(traffic(plan, 0, scatter=False))
+    scatter = torch.tensor(traffic(plan, 0, scatter=True))
     stored = torch.zeros(len(tp_ranks), dtype=torch.long)
     for m in matrices:
         for s in m.slices:

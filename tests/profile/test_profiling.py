@@ -27,7 +27,7 @@ from tests.checkpoint_runs import EXACT, build
 from tests.distributed import RankError, run_ranks
 from tests.models import Layout
 from tests.observe.test_step_metrics import Writer, count_collectives
-from tests.plans import FREE
+from tests.plans import FREE, traffic
 from tests.trace_schema import SCHEMA, load_events
 
 STEPS = 4
@@ -159,7 +159,7 @@ def exchange_bytes(exchange: Any) -> int:
     total = 0
     for round_index in range(exchange.num_rounds):
         for scatter in (False, True):
-            row = exchange.plan.traffic(round_index, scatter=scatter)[exchange.rank]
+            row = traffic(exchange.plan, round_index, scatter=scatter)[exchange.rank]
             total += sum(numel for peer, numel in enumerate(row) if peer != exchange.rank)
     return total * exchange.dtype.itemsize
 

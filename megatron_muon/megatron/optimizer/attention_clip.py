@@ -4,6 +4,8 @@ The core attention records the logits: Transformer Engine's, or the CPU backend'
 its flags: `qk_clip`, `qk_clip_threshold`, `qk_clip_alpha`, and `log_max_attention_logit` to look only.
 """
 
+# More than 400 lines: QK-Clip for three kinds of attention, read beside each other.
+
 from __future__ import annotations
 
 import logging

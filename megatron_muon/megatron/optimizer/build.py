@@ -1,5 +1,7 @@
 """Builds the optimizer of a run: Muon and AdamW, dense and expert, chained."""
 
+# More than 400 lines: all that Megatron passes to its optimizers meets here, once.
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
