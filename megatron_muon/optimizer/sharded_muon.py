@@ -14,6 +14,7 @@ from megatron_muon.config import TORCH_DTYPES, MuonConfig
 from megatron_muon.exchange.agreement import backend_problem, compare_over_ranks, slices_problem
 from megatron_muon.exchange.exchange import Exchange
 from megatron_muon.exchange.pipeline import pipeline, run_together
+from megatron_muon.exchange.team_groups import has_teams
 from megatron_muon.matrices.slice_elements import SliceElements
 from megatron_muon.optimizer.observer import UNOBSERVED, StepObserver
 from megatron_muon.optimizer.step import Binding, Step
@@ -101,11 +102,16 @@ class ShardedMuon(torch.optim.Optimizer):
             team_group: See `Exchange`.
 
         Raises:
-            ValueError: If the plan was made for another number of Newton-Schulz steps.
+            ValueError: If the plan was made for another number of Newton-Schulz steps, or with teams for another dtype.
             RuntimeError: On every rank, if the ranks' plans differ or a rank's slices do not fit the plan.
         """
         if plan.ns_steps != self.muon.ns_steps:
             raise ValueError(f"bind: the plan was made for {plan.ns_steps} ns_steps, expected {self.muon.ns_steps}")
+        if plan.ns_dtype != self.muon.ns_dtype and has_teams(plan):
+            raise ValueError(
+                f"bind: the plan was made for ns_dtype {plan.ns_dtype}, expected {self.muon.ns_dtype}, by which the "
+                "buffers of teams are sized; make it with PlanOptions.from_config"
+            )
         rank = dist.get_rank(group) if dist.is_initialized() else 0
         problem = slices_problem(plan, rank, slices, [p for g in self.param_groups for p in g["params"]])
         problem = problem or backend_problem(self.muon, plan, rank, device)

@@ -499,6 +499,13 @@ def test_the_number_of_steps_must_be_the_plans() -> None:
         optimizer.bind(plan, None, {}, torch.device("cpu"))
 
 
+def test_the_dtype_of_a_plan_with_teams_must_be_the_settings() -> None:
+    """Else the buffers of teams would have another size than their messages."""
+    optimizer = ShardedMuon([torch.nn.Parameter(torch.zeros(3))], lr=LR, config=replace(FP32, ns_dtype="bf16"))
+    with pytest.raises(ValueError, match="bind: the plan was made for ns_dtype fp32, expected bf16"):
+        optimizer.bind(half_in_teams(), None, {}, torch.device("cpu"))
+
+
 def test_dist_is_not_needed_by_a_team() -> None:
     assert not dist.is_initialized()
 

@@ -23,7 +23,7 @@ from torch.nn import Parameter
 from megatron_muon.config import MuonConfig
 from megatron_muon.matrices.spec import MatrixSpec, Part, whole
 from megatron_muon.optimizer.sharded_muon import ShardedMuon
-from megatron_muon.plan.build import OwnershipPlan, ShardedMatrix, Slice, build_plan
+from megatron_muon.plan.build import OwnershipPlan, PlanOptions, ShardedMatrix, Slice, build_plan
 from megatron_muon.rule.reference import ReferenceMuon
 from tests.distributed import run_ranks
 from tests.exchange.test_exchange import planned_collectives
@@ -72,7 +72,8 @@ class Case:
             edges = sorted([0, numel, *(rng.randint(0, numel) for _ in ranks[1:])])
             slices = tuple(Slice(r, a, b) for r, a, b in zip(ranks, edges, edges[1:]) if a < b)
             matrices.append(ShardedMatrix(MatrixSpec(name, shape, 1, None, PARTS.get(name, whole(shape[0]))), slices))
-        plan = build_plan(matrices, [0] * self.world_size, ns_steps=self.config.ns_steps)
+        options = PlanOptions(ns_dtype=self.config.ns_dtype)
+        plan = build_plan(matrices, [0] * self.world_size, ns_steps=self.config.ns_steps, options=options)
         if self.teams:
             # The first matrix, of 8 rows, by as many ranks as there are rows, or by all.
             plan = dataclasses.replace(plan, owners=((tuple(range(min(self.world_size, 8))),), *plan.owners[1:]))
