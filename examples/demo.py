@@ -196,6 +196,18 @@ def prepare_corpus(directory: Path) -> list[dict[str, Any]]:
     return splits
 
 
+def start(flags: Sequence[str], logs: Path, script: Path = PRETRAIN) -> subprocess.Popen[bytes]:
+    """Starts `command`; torchrun's own output goes into `torchrun.log` in `logs`."""
+    with (logs / "torchrun.log").open("wb") as output:
+        return subprocess.Popen(
+            command(flags, logs, script),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=rank_environment(),
+            start_new_session=True,  # Ctrl-C is ours to pass on
+        )
+
+
 def stop(process: subprocess.Popen[bytes]) -> None:
     """Ends torchrun and, through it, its ranks; does nothing if it has ended."""
     if process.poll() is None:
@@ -219,14 +231,7 @@ def train(run: str, flags: Sequence[str], out: Path, progress: Progress, task: T
     logs = out / "logs" / run
     logs.mkdir(parents=True)
     reader = demo_report.RunReader(out / "tensorboard" / run)
-    with (logs / "torchrun.log").open("wb") as output:
-        process = subprocess.Popen(
-            command(flags, logs),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=rank_environment(),
-            start_new_session=True,  # Ctrl-C is ours to pass on
-        )
+    process = start(flags, logs)
     try:
         evaluated = 0
         while process.poll() is None:

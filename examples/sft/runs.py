@@ -88,14 +88,7 @@ def run_training(name: str, script: Path, flags: Sequence[str], out: Path) -> de
         shutil.rmtree(out / part, ignore_errors=True)
     logs = out / "logs"
     logs.mkdir(parents=True)
-    with (logs / "torchrun.log").open("wb") as output:
-        process = subprocess.Popen(
-            demo.command(flags, logs, script),
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=demo.rank_environment(),
-            start_new_session=True,
-        )
+    process = demo.start(flags, logs, script)
     try:
         code = process.wait()
     finally:

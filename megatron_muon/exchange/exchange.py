@@ -350,7 +350,7 @@ class Exchange:
         self._collected = empty(max((total for _, total in places), default=0), self.dtype)
         scratch_numel = max((sum(numel[i] for i in batch) for r in rounds for batch in batches[r]), default=0)
         self._scratch = empty(scratch_numel, torch.float32)
-        self._team_receive = empty(self.plan.team_buffer_bytes(self.rank, lines=self.carry_lines), torch.uint8)
+        self._team_receive = empty(self.wire.team_buffer_bytes(self.rank, lines=self.carry_lines), torch.uint8)
         self._rounds = [
             self._prepared_round(r, [self._batch(batch, numel) for batch in batches[r]], places[r][0]) for r in rounds
         ]

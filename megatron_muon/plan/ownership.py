@@ -1,7 +1,5 @@
 """Who orthogonalizes what: the ownership plan, a frozen value that is the same on every rank of a group."""
 
-# More than 400 lines: the plan is one value, and all that follows from it is asked of it.
-
 from __future__ import annotations
 
 import hashlib
@@ -9,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import zip_longest
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +20,6 @@ from megatron_muon.plan.cost_model import (
     CostModel,
     alone_flops,
     band_flops,
-    band_received_bytes,
     band_sent_bytes,
     band_stages,
     own_area,
@@ -351,26 +347,6 @@ class OwnershipPlan:
             moved = self.transfers(self.all_items(), scatter=scatter)
             np.add.at(total, moved.sources, np.where(moved.sources != moved.destinations, moved.numels, 0))
         return tuple(total.tolist())
-
-    def team_buffer_bytes(self, rank: int, *, lines: bool = False) -> int:
-        """Bytes of the buffer in which a rank receives its teams' messages: of the stage that brings most.
-
-        Args:
-            rank: Rank of the group.
-            lines: See `band_received_bytes`.
-        """
-        most = 0
-        for round_index in range(len(self.rounds)):
-            talks = []
-            for item in self.items(round_index, rank):
-                if (team := self.team(item)) is not None:
-                    seat, itemsize = team.seat(item.share), DTYPE_BYTES[self.ns_dtype]
-                    divided = team.method.divided
-                    talks.append(
-                        band_received_bytes(team.short, seat, self.ns_steps, itemsize, divided=divided, lines=lines)
-                    )
-            most = max([most, *map(sum, zip_longest(*talks, fillvalue=0))])
-        return most
 
     def team_sent_bytes(self, nodes: Sequence[int] | None = None) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Bytes that each rank sends to other members of its teams in one step: (within its node, to other nodes).

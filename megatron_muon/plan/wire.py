@@ -13,9 +13,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import zip_longest
 
 import numpy as np
 
+from megatron_muon.newton_schulz.names import DTYPE_BYTES
+from megatron_muon.plan.cost_model import band_received_bytes
 from megatron_muon.plan.ownership import Item, OwnershipPlan, Segment, Transfers
 
 # Stacks of matrices begin at multiples of so many elements, as matrix units and copies want it.
@@ -157,6 +160,26 @@ class Wire:
             return (1, *self.plan.shape(item))
         return (0, *self.plan.spec(item).tile_shape(item.part))
 
+    def team_buffer_bytes(self, rank: int, *, lines: bool = False) -> int:
+        """Bytes of the buffer in which a rank receives its teams' messages: of the stage that brings most.
+
+        Args:
+            rank: Rank of the group.
+            lines: See `band_received_bytes`.
+        """
+        plan, most = self.plan, 0
+        for round_index in range(len(plan.rounds)):
+            talks = []
+            for item in self._owned.get((round_index, rank), ()):
+                if (team := plan.team(item)) is not None:
+                    seat, itemsize = team.seat(item.share), DTYPE_BYTES[plan.ns_dtype]
+                    divided = team.method.divided
+                    talks.append(
+                        band_received_bytes(team.short, seat, plan.ns_steps, itemsize, divided=divided, lines=lines)
+                    )
+            most = max([most, *map(sum, zip_longest(*talks, fillvalue=0))])
+        return most
+
     def buffer_bytes(self, rank: int, itemsize: int, scratch_numel: int) -> int:
         """Bytes of the exchange's persistent buffers on a rank: of the wire, collected parts, scratch, teams' messages.
 
@@ -173,7 +196,7 @@ class Wire:
             default=0,
         )
         on_wire = (sum(self.buffer_numel[rank]) + collected) * itemsize
-        return on_wire + scratch * _SCRATCH_ITEMSIZE + self.plan.team_buffer_bytes(rank)
+        return on_wire + scratch * _SCRATCH_ITEMSIZE + self.team_buffer_bytes(rank)
 
     def batches(self, round_index: int, rank: int, numel: Mapping[int, int], limit: int) -> list[tuple[int, ...]]:
         """A rank's slices of a round in groups of at most `limit` elements, or of one slice.

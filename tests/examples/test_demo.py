@@ -290,7 +290,7 @@ def test_failure_before_any_rank_shows_torchruns_own_log(tmp_path: Path) -> None
 
 def _train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str) -> RunLog:
     """`demo.train` with a program of our own in torchrun's place."""
-    monkeypatch.setattr(demo, "command", lambda flags, logs: [sys.executable, "-c", program])
+    monkeypatch.setattr(demo, "command", lambda flags, logs, script: [sys.executable, "-c", program])
     with Progress(disable=True) as progress:
         return demo.train("adamw", [], tmp_path, progress, progress.add_task("x", total=1))
 

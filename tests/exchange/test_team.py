@@ -431,7 +431,7 @@ def train(
         momentum=momentum,
         teams=[plan.team(item) is not None for item in plan.all_items()],
         shared=sum(len(ranks) > 1 for parts in plan.owners for ranks in parts),
-        team_buffer=(max(received), plan.team_buffer_bytes(rank, lines=config.variant == "normuon")),
+        team_buffer=(max(received), optimizer.exchange.wire.team_buffer_bytes(rank, lines=config.variant == "normuon")),
         team_bytes=(stats.team_bytes_sent, STEPS * sum(sent[rank] for sent in plan.team_sent_bytes())),
         sent=(stats.bytes_sent, STEPS * 4 * plan.sent_numel()[rank]),
         collectives=(stats.collectives, STEPS * optimizer.exchange.wire.num_collectives),
